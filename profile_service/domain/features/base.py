@@ -1,17 +1,176 @@
-"""What every feature kind offers. A kind is one file of this package and one line of its registry."""
+"""What every feature kind offers. A kind is one file of this package and one line of its registry.
+
+A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a row that it
+owns. A feature has four verbs over rows:
+
+    update     adds a run of events to their rows (a numba kernel over columns: no Python object per event)
+    merge      adds one row's values to another's
+    finalize   turns one row's values, as of a moment, into the answer
+    strings    says which slots hold interned texts
+
+Rows are bytes seen through typed views, one row a line:
+
+    RowViews.f8[row, slot]   i8[row, slot]   f4[row, slot]   u4[row, slot]   u1[row, slot]
+
+The same kernels run over the population's single row, whose `f4` view is 64 bits wide, because it sums over all users.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
+
+from profile_service.domain.decay import NO_LANDMARK, half_life_to_ns
+from userprofile.v1 import profile_pb2
+
+VIEW_DTYPES: dict[str, np.dtype[Any]] = {
+    "f8": np.dtype(np.float64),
+    "i8": np.dtype(np.int64),
+    "f4": np.dtype(np.float32),
+    "u4": np.dtype(np.uint32),
+    "u1": np.dtype(np.uint8),
+}
+"""Views of a row, widest first, so that every section of the row is aligned."""
+
+
+class RowViews(NamedTuple):
+    """Rows as typed matrices, (rows, slots) each."""
+
+    f8: NDArray[np.float64]
+    i8: NDArray[np.int64]
+    f4: NDArray[np.float32] | NDArray[np.float64]
+    u4: NDArray[np.uint32]
+    u1: NDArray[np.uint8]
+
+
+@dataclass
+class Batch:
+    """A run of events, resolved: every text is an interned id or a code, every user a row."""
+
+    rows: NDArray[np.int64]
+    """Row of each event's user."""
+    types: NDArray[np.int16]
+    """Index into the schema's event types."""
+    time_ns: NDArray[np.int64]
+    grids: list[NDArray[np.int64]]
+    """By half-life index: whole half-lives since 1970 of each event's time."""
+    mantissas: list[NDArray[np.float64]]
+    """By half-life index: 2 ** the rest."""
+    text_ids: NDArray[np.uint32]
+    """(text attributes, events): interned id, 0 where absent; filled for the attributes that some feature keeps as text."""
+    text_present: NDArray[np.int32]
+    """(text attributes, events): length in bytes, -1 where absent."""
+    text_hash: NDArray[np.uint64]
+    """(text attributes, events): XXH64 of the value."""
+    number: NDArray[np.float64]
+    """(number attributes, events): NaN where absent."""
+    codes: dict[str, NDArray[np.int32]]
+    """By feature name, for closed vocabularies: position in the list of values, -1 where absent."""
+
+
+class SlotAllocator:
+    """Hands out the slots of a row, view by view, and notes what a fresh row holds in them."""
+
+    def __init__(self, *, population: bool = False) -> None:
+        self.population = population
+        self.used: dict[str, int] = dict.fromkeys(VIEW_DTYPES, 0)
+        self.initial: list[tuple[str, int, float]] = []
+
+    def take(self, view: str, count: int = 1, initial: float = 0) -> int:
+        """The first of `count` neighbouring slots of `view`, which hold `initial` in a fresh row."""
+        first = self.used[view]
+        self.used[view] += count
+        if initial != 0:
+            self.initial.extend((view, first + i, initial) for i in range(count))
+        return first
+
+    def landmark(self) -> int:
+        """A slot of `i8` for a landmark."""
+        return self.take("i8", initial=NO_LANDMARK)
+
+    def bytes_used(self) -> int:
+        """Bytes of all slots handed out so far."""
+        return sum(count * VIEW_DTYPES[view].itemsize for view, count in self.used.items())
+
+
+@dataclass
+class ReadContext:
+    """What a row's values are read against."""
+
+    read_ns: int
+    """The moment to which weights are decayed."""
+    text_of: Callable[[int], str]
+    """The text behind an interned id."""
+    population_weights: Callable[[str], NDArray[np.float64] | None] = field(default=lambda _name: None)
+    """By feature name: the population's decayed weights of a categorical's values at `read_ns`; None before it is known."""
+
+
+@dataclass(frozen=True)
+class FeatureInput:
+    """What a kind needs to bind a feature: its place in the schema, compiled."""
+
+    name: str
+    options: Any
+    event_weight: NDArray[np.float64]
+    """By event type: its weight, 0 for the types that the feature does not take."""
+    half_life_s: float | None
+    half_life_index: int
+    """Index into `Batch.grids` and `Batch.mantissas`."""
+    attribute: int
+    """Row of `Batch.text_*` or `Batch.number` that the feature reads; -1 for none."""
 
 
 class KindOptions(BaseModel):
     """A feature's own keys in the schema file, beside `kind`, `events` and `half_life`; each kind derives its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Feature(ABC):
+    """A kind bound to slots of a row."""
+
+    interns: ClassVar[bool] = False
+    """Whether the feature keeps interned texts, so that its attribute must be interned before `update`."""
+
+    def __init__(self, given: FeatureInput) -> None:
+        self.name = given.name
+        self.event_weight = given.event_weight
+        self.half_life_index = given.half_life_index
+        self.half_life_ns = half_life_to_ns(given.half_life_s)
+        self.attribute = given.attribute
+
+    @abstractmethod
+    def update(self, views: RowViews, batch: Batch) -> None:
+        """Adds the events of `batch` to their rows, in order."""
+
+    @abstractmethod
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        """Adds the source row's values to the target row, as if the events of both had been the target's.
+
+        Interned ids of both rows must come from one table.
+        """
+
+    @abstractmethod
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        """Fills `message` with the row's values as of `context.read_ns`."""
+
+    def strings(self) -> Sequence[tuple[int, int]]:
+        """Runs of `u4` slots, as (first, count), that hold interned ids."""
+        return ()
+
+    def vocabulary(self) -> Sequence[str]:
+        """The closed list of values by which `Batch.codes` is filled; empty for kinds without one."""
+        return ()
+
+    def standard_error(self) -> float | None:
+        """Relative standard error of the answer, for kinds that estimate."""
+        return None
 
 
 class FeatureKind(ABC):
@@ -24,3 +183,7 @@ class FeatureKind(ABC):
     """What the attribute of the feature must be; None for kinds that read no attribute."""
     decays: ClassVar[bool]
     """Whether `half_life` means something for it."""
+
+    @abstractmethod
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        """The feature, with the slots that it needs taken from `slots`."""

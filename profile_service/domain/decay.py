@@ -1,0 +1,71 @@
+"""Forward decay on a grid of half-lives (after Cormode, Shkapenyuk, Srivastava, Xu: Forward Decay, ICDE 2009).
+
+An event of weight `w` at time `t` counts `w * 2**-((T - t) / h)` when read at `T`. Stored is `w * 2**(t / h - L)`, where the
+landmark `L` is a whole number of half-lives since 1970; reading multiplies by `2**(L - T / h)`. Updates are additions, so their
+order does not matter and a late event is exact.
+
+    t / h = grid + log2(mantissa),   grid a whole number,   1 <= mantissa < 2
+
+Because the landmark lies on the grid, moving it multiplies by a power of two, which floating point does without rounding. Each
+feature of each row has a landmark of its own: a feature that was last seen years ago keeps its full precision beside one seen now.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+NO_LANDMARK = np.iinfo(np.int64).min
+"""The landmark of a feature that has seen nothing."""
+
+RESCALE_STEPS = 64
+"""A landmark this many half-lives behind an event is moved up to it: float32 then still has 60 half-lives of room above, and 190 below."""
+
+NS = 1_000_000_000
+
+
+@njit(cache=True, nogil=True)
+def power_of_two(exponent: int) -> float:
+    """2.0 ** exponent; 0.0 below what float64 holds."""
+    if exponent < -1074:
+        return 0.0
+    return math.ldexp(1.0, exponent)
+
+
+@njit(cache=True, nogil=True)
+def decompose(
+    time_ns: NDArray[np.int64], half_life_ns: int, grid: NDArray[np.int64], mantissa: NDArray[np.float64]
+) -> None:
+    """Splits each time into its whole half-lives since 1970 (`grid`) and `2 ** rest` (`mantissa`)."""
+    for i in range(len(time_ns)):
+        whole = time_ns[i] // half_life_ns
+        rest = time_ns[i] - whole * half_life_ns
+        grid[i] = whole
+        mantissa[i] = 2.0 ** (rest / half_life_ns)
+
+
+def read_scale(landmark: int, read_ns: int, half_life_ns: int) -> float:
+    """What a stored weight is multiplied by when it is read at `read_ns`; a `half_life_ns` of 0 is no decay."""
+    if half_life_ns == 0 or landmark == NO_LANDMARK:
+        return 1.0
+    whole, rest = divmod(read_ns, half_life_ns)
+    steps = landmark - whole
+    return float(power_of_two(steps)) * 2.0 ** -(rest / half_life_ns) if steps < 1000 else math.inf
+
+
+def half_life_to_ns(half_life_s: float | None) -> int:
+    """Nanoseconds of a half-life; 0 for none."""
+    return 0 if half_life_s is None else max(1, round(half_life_s * NS))
+
+
+def align(landmark: int, other: int) -> tuple[int, float, float]:
+    """The common landmark of two stored features, and what the weights of each are multiplied by to refer to it."""
+    if landmark == NO_LANDMARK:
+        return other, 1.0, 1.0
+    if other == NO_LANDMARK:
+        return landmark, 1.0, 1.0
+    common = max(landmark, other)
+    return common, float(power_of_two(landmark - common)), float(power_of_two(other - common))

@@ -1,0 +1,157 @@
+"""`categorical`: how likely each value of a closed list is, by the decayed weight of the events that had it and a prior.
+
+The likelihood is the mean of a Dirichlet posterior: `p_v = (W_v + a * prior_v) / (W + a)`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
+
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.features.base import (
+    Batch,
+    Feature,
+    FeatureInput,
+    FeatureKind,
+    KindOptions,
+    ReadContext,
+    RowViews,
+    SlotAllocator,
+)
+from userprofile.v1 import profile_pb2
+
+OTHER = "other"
+
+
+def _check_values(values: list[str]) -> list[str]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"each value once; repeated: {', '.join(repeated)}")
+    if OTHER in values:
+        raise ValueError(f"{OTHER!r} is always there: leave it out")
+    if "" in values:
+        raise ValueError("a value must not be empty")
+    return values
+
+
+class CategoricalOptions(KindOptions):
+    """Which attribute, which values, and what is believed before anything is seen."""
+
+    attribute: str = Field(min_length=1)
+    values: Annotated[list[str], Field(min_length=1, max_length=1000), AfterValidator(_check_values)]
+    prior: Literal["uniform", "population"] = "uniform"
+    prior_strength: float = Field(default=5.0, gt=0)
+    """How many events of weight 1 the prior is worth."""
+
+
+@njit(cache=True, nogil=True)
+def _update(
+    f4: NDArray[np.float32],
+    i8: NDArray[np.int64],
+    slot: int,
+    count: int,
+    landmark: int,
+    rows: NDArray[np.int64],
+    types: NDArray[np.int16],
+    weight: NDArray[np.float64],
+    grid: NDArray[np.int64],
+    mantissa: NDArray[np.float64],
+    codes: NDArray[np.int32],
+) -> None:
+    for i in range(len(rows)):
+        code = codes[i]
+        w = weight[types[i]]
+        if code < 0 or w == 0.0:
+            continue
+        row = rows[i]
+        w *= mantissa[i]
+        if i8[row, landmark] == NO_LANDMARK:
+            i8[row, landmark] = grid[i]
+        steps = grid[i] - i8[row, landmark]
+        if steps > RESCALE_STEPS:
+            scale = power_of_two(-steps)
+            for k in range(slot, slot + count):
+                f4[row, k] *= scale
+            i8[row, landmark] = grid[i]
+        elif steps != 0:
+            w *= power_of_two(steps)
+        f4[row, slot + code] += w
+
+
+class CategoricalFeature(Feature):
+    """A weight for each value, then one for `other`."""
+
+    def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
+        super().__init__(given)
+        options: CategoricalOptions = given.options
+        self.labels = [*options.values, OTHER]
+        self.prior = options.prior
+        self.prior_strength = options.prior_strength
+        self.slot = slots.take("f4", len(self.labels))
+        self.landmark = slots.landmark()
+
+    def vocabulary(self) -> list[str]:
+        return self.labels[:-1]
+
+    def update(self, views: RowViews, batch: Batch) -> None:
+        index = self.half_life_index
+        _update(
+            views.f4,
+            views.i8,
+            self.slot,
+            len(self.labels),
+            self.landmark,
+            batch.rows,
+            batch.types,
+            self.event_weight,
+            batch.grids[index],
+            batch.mantissas[index],
+            batch.codes[self.name],
+        )
+
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
+        own = slice(self.slot, self.slot + len(self.labels))
+        target.f4[row, own] = target.f4[row, own] * mine + source.f4[source_row, own] * theirs
+        target.i8[row, self.landmark] = common
+
+    def weights(self, views: RowViews, row: int, read_ns: int) -> NDArray[np.float64]:
+        """Decayed weight of each value, `other` last, as of `read_ns`."""
+        scale = read_scale(int(views.i8[row, self.landmark]), read_ns, self.half_life_ns)
+        return views.f4[row, self.slot : self.slot + len(self.labels)].astype(np.float64) * scale
+
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        weights = self.weights(views, row, context.read_ns)
+        prior = np.full(len(weights), 1.0 / len(weights))
+        if self.prior == "population":
+            population = context.population_weights(self.name)
+            if population is not None:
+                prior = (population + 1.0) / (population.sum() + len(population))
+        total = float(weights.sum())
+        likelihoods = (weights + self.prior_strength * prior) / (total + self.prior_strength)
+        lifts = likelihoods / prior
+        answer = message.categorical
+        answer.weight = total
+        answer.confidence = total / (total + self.prior_strength)
+        # A stable sort keeps the schema's order among equals.
+        for code in np.argsort(-likelihoods, kind="stable").tolist():
+            answer.values.add(
+                value=self.labels[code], weight=weights[code], likelihood=likelihoods[code], lift=lifts[code]
+            )
+
+
+class Categorical(FeatureKind):
+    """Likelihoods over a closed list of values."""
+
+    name = "categorical"
+    Options = CategoricalOptions
+    reads = "text"
+    decays = True
+
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        return CategoricalFeature(given, slots)

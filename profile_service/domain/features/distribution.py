@@ -1,0 +1,243 @@
+"""`distribution`: decayed weight, mean, variance and histogram of a number, and its lifetime minimum and maximum.
+
+Mean and variance follow West's weighted update (CACM 22(9), 1979) and Chan, Golub and LeVeque's merge (1979).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.features.base import (
+    Batch,
+    Feature,
+    FeatureInput,
+    FeatureKind,
+    KindOptions,
+    ReadContext,
+    RowViews,
+    SlotAllocator,
+)
+from userprofile.v1 import profile_pb2
+
+PROBABILITIES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+class Bins(KindOptions):
+    """The histogram's edges: `count` bins from `min` to `max` on a scale, or `edges` themselves."""
+
+    scale: Literal["log", "linear", "explicit"]
+    min: float | None = None
+    max: float | None = None
+    count: int | None = Field(default=None, ge=1, le=1000)
+    edges: list[float] | None = Field(default=None, min_length=2, max_length=1001)
+
+    @model_validator(mode="after")
+    def _check(self) -> Bins:
+        if self.scale == "explicit":
+            if self.edges is None:
+                raise ValueError("scale explicit needs edges")
+            if self.min is not None or self.max is not None or self.count is not None:
+                raise ValueError("scale explicit takes edges alone: leave out min, max and count")
+            if any(low >= high for low, high in zip(self.edges, self.edges[1:], strict=False)):
+                raise ValueError("edges must rise")
+            return self
+        if self.edges is not None:
+            raise ValueError(f"scale {self.scale} takes min, max and count: leave out edges")
+        missing = [name for name in ("min", "max", "count") if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"scale {self.scale} needs {', '.join(missing)}")
+        assert self.min is not None
+        assert self.max is not None
+        if self.min >= self.max:
+            raise ValueError("min must be below max")
+        if self.scale == "log" and self.min <= 0:
+            raise ValueError("scale log needs min above 0")
+        return self
+
+    def to_array(self) -> NDArray[np.float64]:
+        """The edges, ascending, (count + 1,)."""
+        if self.edges is not None:
+            return np.array(self.edges, dtype=np.float64)
+        assert self.min is not None
+        assert self.max is not None
+        assert self.count is not None
+        steps = np.arange(self.count + 1) / self.count
+        if self.scale == "log":
+            edges = self.min * (self.max / self.min) ** steps
+        else:
+            edges = self.min + (self.max - self.min) * steps
+        edges[0], edges[-1] = self.min, self.max
+        return edges
+
+
+class DistributionOptions(KindOptions):
+    """Which attribute, its unit, and the bins of its histogram."""
+
+    attribute: str = Field(min_length=1)
+    unit: str = ""
+    bins: Bins
+
+
+@njit(cache=True, nogil=True)
+def _bin_of(edges: NDArray[np.float64], value: float) -> int:
+    """How many edges are at or below `value`: 0 is under, len(edges) is over."""
+    low = 0
+    high = len(edges)
+    while low < high:
+        middle = (low + high) >> 1
+        if edges[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True)
+def _update(
+    f8: NDArray[np.float64],
+    f4: NDArray[np.float32],
+    i8: NDArray[np.int64],
+    moments: int,
+    bins: int,
+    landmark: int,
+    edges: NDArray[np.float64],
+    rows: NDArray[np.int64],
+    types: NDArray[np.int16],
+    weight: NDArray[np.float64],
+    grid: NDArray[np.int64],
+    mantissa: NDArray[np.float64],
+    values: NDArray[np.float64],
+) -> None:
+    for i in range(len(rows)):
+        value = values[i]
+        w = weight[types[i]]
+        if value != value or w == 0.0:
+            continue
+        row = rows[i]
+        w *= mantissa[i]
+        if i8[row, landmark] == NO_LANDMARK:
+            i8[row, landmark] = grid[i]
+        steps = grid[i] - i8[row, landmark]
+        if steps > RESCALE_STEPS:
+            scale = power_of_two(-steps)
+            f8[row, moments] *= scale
+            f8[row, moments + 2] *= scale
+            for k in range(bins, bins + len(edges) + 1):
+                f4[row, k] *= scale
+            i8[row, landmark] = grid[i]
+        elif steps != 0:
+            w *= power_of_two(steps)
+        f8[row, moments + 3] = min(f8[row, moments + 3], value)
+        f8[row, moments + 4] = max(f8[row, moments + 4], value)
+        if w == 0.0:
+            continue
+        total = f8[row, moments] + w
+        difference = value - f8[row, moments + 1]
+        f8[row, moments + 1] += difference * (w / total)
+        f8[row, moments + 2] += w * difference * (value - f8[row, moments + 1])
+        f8[row, moments] = total
+        f4[row, bins + _bin_of(edges, value)] += w
+
+
+class DistributionFeature(Feature):
+    """Weight, mean, M2, minimum and maximum, then the bins: under, each, over."""
+
+    def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
+        super().__init__(given)
+        options: DistributionOptions = given.options
+        self.edges = options.bins.to_array()
+        self.moments = slots.take("f8", 3)
+        slots.take("f8", initial=math.inf)
+        slots.take("f8", initial=-math.inf)
+        self.bins = slots.take("f4", len(self.edges) + 1)
+        self.landmark = slots.landmark()
+
+    def update(self, views: RowViews, batch: Batch) -> None:
+        index = self.half_life_index
+        _update(
+            views.f8,
+            views.f4,
+            views.i8,
+            self.moments,
+            self.bins,
+            self.landmark,
+            self.edges,
+            batch.rows,
+            batch.types,
+            self.event_weight,
+            batch.grids[index],
+            batch.mantissas[index],
+            batch.number[self.attribute],
+        )
+
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
+        a = target.f8[row, self.moments : self.moments + 5]
+        b = source.f8[source_row, self.moments : self.moments + 5]
+        weight_a, weight_b = float(a[0]) * mine, float(b[0]) * theirs
+        total = weight_a + weight_b
+        if total > 0:
+            difference = float(b[1] - a[1])
+            mean = float(a[1]) + difference * (weight_b / total) if weight_a else float(b[1])
+            m2 = float(a[2]) * mine + float(b[2]) * theirs
+            if weight_a and weight_b:
+                m2 += difference * difference * (weight_a * (weight_b / total))
+            a[0], a[1], a[2] = total, mean, m2
+        a[3], a[4] = min(a[3], b[3]), max(a[4], b[4])
+        own = slice(self.bins, self.bins + len(self.edges) + 1)
+        target.f4[row, own] = target.f4[row, own] * mine + source.f4[source_row, own] * theirs
+        target.i8[row, self.landmark] = common
+
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        answer = message.distribution
+        answer.histogram.edges.extend(self.edges.tolist())
+        stored = views.f4[row, self.bins : self.bins + len(self.edges) + 1].astype(np.float64)
+        weight, mean, m2, low, high = views.f8[row, self.moments : self.moments + 5].tolist()
+        scale = read_scale(int(views.i8[row, self.landmark]), context.read_ns, self.half_life_ns)
+        answer.histogram.weights.extend((stored * scale).tolist())
+        if weight <= 0:
+            return
+        answer.weight = weight * scale
+        answer.mean = mean
+        answer.stddev = math.sqrt(max(0.0, m2) / weight)
+        answer.min = low
+        answer.max = high
+        # Quantiles come from the stored weights: the scale of reading cancels, and may have underflowed.
+        for probability, value in zip(PROBABILITIES, self._quantiles(stored, low, high), strict=True):
+            answer.quantiles.add(probability=probability, value=value)
+
+    def _quantiles(self, weights: NDArray[np.float64], low: float, high: float) -> list[float]:
+        """Linear inside the bin that the probability falls into; under and over reach to the minimum and maximum."""
+        cumulated = np.cumsum(weights)
+        total = float(cumulated[-1])
+        if total <= 0:
+            return [low] * len(PROBABILITIES)
+        bounds = np.concatenate(([min(low, self.edges[0])], self.edges, [max(high, self.edges[-1])]))
+        answer = []
+        for probability in PROBABILITIES:
+            target = probability * total
+            index = min(int(np.searchsorted(cumulated, target, side="left")), len(weights) - 1)
+            before = float(cumulated[index - 1]) if index else 0.0
+            share = (target - before) / float(weights[index]) if weights[index] > 0 else 0.0
+            value = float(bounds[index]) + float(bounds[index + 1] - bounds[index]) * min(1.0, max(0.0, share))
+            answer.append(min(max(value, low), high))
+        return answer
+
+
+class Distribution(FeatureKind):
+    """How a number is distributed."""
+
+    name = "distribution"
+    Options = DistributionOptions
+    reads = "number"
+    decays = True
+
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        return DistributionFeature(given, slots)

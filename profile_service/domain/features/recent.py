@@ -1,0 +1,133 @@
+"""`recent`: the newest values by event time, each once, the newest first; of two at the same time, the later arrival first."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import Field
+
+from profile_service.domain.features.base import (
+    Batch,
+    Feature,
+    FeatureInput,
+    FeatureKind,
+    KindOptions,
+    ReadContext,
+    RowViews,
+    SlotAllocator,
+)
+from userprofile.v1 import profile_pb2
+
+
+class RecentOptions(KindOptions):
+    """Which attribute, and how many values to keep."""
+
+    attribute: str = Field(min_length=1)
+    size: int = Field(default=20, ge=1, le=1000)
+
+
+@njit(cache=True, nogil=True)
+def _update(
+    u4: NDArray[np.uint32],
+    i8: NDArray[np.int64],
+    ids: int,
+    times: int,
+    size: int,
+    rows: NDArray[np.int64],
+    types: NDArray[np.int16],
+    weight: NDArray[np.float64],
+    time_ns: NDArray[np.int64],
+    values: NDArray[np.uint32],
+) -> None:
+    for i in range(len(rows)):
+        value = values[i]
+        if value == 0 or weight[types[i]] == 0.0:
+            continue
+        row = rows[i]
+        when = time_ns[i]
+        place = 0
+        while place < size and u4[row, ids + place] != 0 and i8[row, times + place] > when:
+            # Held already, and seen later than now: nothing changes.
+            if u4[row, ids + place] == value:
+                place = size
+                break
+            place += 1
+        if place == size:
+            continue
+        # Everything from `place` moves back by one, up to a free slot, the value's own old one, or off the end.
+        last = place
+        while last < size - 1 and u4[row, ids + last] != 0 and u4[row, ids + last] != value:
+            last += 1
+        for j in range(last, place, -1):
+            u4[row, ids + j] = u4[row, ids + j - 1]
+            i8[row, times + j] = i8[row, times + j - 1]
+        u4[row, ids + place] = value
+        i8[row, times + place] = when
+
+
+class RecentFeature(Feature):
+    """Interned ids and their times, the newest first; an id of 0 ends the list."""
+
+    interns: ClassVar[bool] = True
+
+    def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
+        super().__init__(given)
+        options: RecentOptions = given.options
+        self.size = options.size
+        self.ids = slots.take("u4", self.size)
+        self.times = slots.take("i8", self.size)
+
+    def strings(self) -> list[tuple[int, int]]:
+        return [(self.ids, self.size)]
+
+    def update(self, views: RowViews, batch: Batch) -> None:
+        _update(
+            views.u4,
+            views.i8,
+            self.ids,
+            self.times,
+            self.size,
+            batch.rows,
+            batch.types,
+            self.event_weight,
+            batch.time_ns,
+            batch.text_ids[self.attribute],
+        )
+
+    def _entries(self, views: RowViews, row: int) -> list[tuple[int, int]]:
+        """(time, interned id), the newest first."""
+        ids = views.u4[row, self.ids : self.ids + self.size].tolist()
+        times = views.i8[row, self.times : self.times + self.size].tolist()
+        return [(when, held) for when, held in zip(times, ids, strict=True) if held != 0]
+
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        newest: dict[int, int] = {}
+        for when, held in [*self._entries(target, row), *self._entries(source, source_row)]:
+            newest[held] = max(when, newest.get(held, when))
+        kept = sorted(newest.items(), key=lambda item: -item[1])[: self.size]
+        target.u4[row, self.ids : self.ids + self.size] = 0
+        target.i8[row, self.times : self.times + self.size] = 0
+        for j, (held, when) in enumerate(kept):
+            target.u4[row, self.ids + j] = held
+            target.i8[row, self.times + j] = when
+
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        message.recent.SetInParent()
+        for when, held in self._entries(views, row):
+            entry = message.recent.entries.add(value=context.text_of(held))
+            entry.time.FromNanoseconds(when)
+
+
+class Recent(FeatureKind):
+    """The newest values, each once."""
+
+    name = "recent"
+    Options = RecentOptions
+    reads = "text"
+    decays = False
+
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        return RecentFeature(given, slots)

@@ -1,0 +1,198 @@
+"""`top_k`: the heaviest values of an open vocabulary, by Space-Saving over decayed weights.
+
+Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k Elements in Data Streams, ICDT 2005. A value that finds
+no free counter takes over the lightest one: it starts from that one's weight, which is also the most it can be overcounted by. So
+`weight - error <= true weight <= weight`, and with at most k different values everything is exact. Two summaries merge as in
+Agarwal et al., Mergeable Summaries, PODS 2012: what one of them does not list may have had as much as its lightest counter.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import Field
+
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.features.base import (
+    Batch,
+    Feature,
+    FeatureInput,
+    FeatureKind,
+    KindOptions,
+    ReadContext,
+    RowViews,
+    SlotAllocator,
+)
+from userprofile.v1 import profile_pb2
+
+POPULATION_COUNTERS = 64
+"""The population keeps at least so many counters: one row for all users can afford the smaller errors."""
+
+
+class TopKOptions(KindOptions):
+    """Which attribute, and how many values to keep."""
+
+    attribute: str = Field(min_length=1)
+    k: int = Field(default=10, ge=1, le=1000)
+
+
+@njit(cache=True, nogil=True)
+def _update(
+    f8: NDArray[np.float64],
+    f4: NDArray[np.float32],
+    u4: NDArray[np.uint32],
+    i8: NDArray[np.int64],
+    total: int,
+    counters: int,
+    ids: int,
+    k: int,
+    landmark: int,
+    rows: NDArray[np.int64],
+    types: NDArray[np.int16],
+    weight: NDArray[np.float64],
+    grid: NDArray[np.int64],
+    mantissa: NDArray[np.float64],
+    values: NDArray[np.uint32],
+) -> None:
+    for i in range(len(rows)):
+        value = values[i]
+        w = weight[types[i]]
+        if value == 0 or w == 0.0:
+            continue
+        row = rows[i]
+        w *= mantissa[i]
+        if i8[row, landmark] == NO_LANDMARK:
+            i8[row, landmark] = grid[i]
+        steps = grid[i] - i8[row, landmark]
+        if steps > RESCALE_STEPS:
+            scale = power_of_two(-steps)
+            f8[row, total] *= scale
+            for j in range(counters, counters + 2 * k):
+                f4[row, j] *= scale
+            i8[row, landmark] = grid[i]
+        elif steps != 0:
+            w *= power_of_two(steps)
+        f8[row, total] += w
+        found = -1
+        for j in range(k):
+            held = u4[row, ids + j]
+            if held == value or held == 0:
+                found = j
+                break
+        if found >= 0:
+            u4[row, ids + found] = value
+            f4[row, counters + found] += w
+            continue
+        lightest = 0
+        for j in range(1, k):
+            if f4[row, counters + j] < f4[row, counters + lightest]:
+                lightest = j
+        u4[row, ids + lightest] = value
+        f4[row, counters + k + lightest] = f4[row, counters + lightest]
+        f4[row, counters + lightest] += w
+
+
+class TopKFeature(Feature):
+    """The total; k weights, then k errors; k interned ids, filled from the front."""
+
+    interns: ClassVar[bool] = True
+
+    def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
+        super().__init__(given)
+        options: TopKOptions = given.options
+        self.listed = options.k
+        self.k = max(options.k, POPULATION_COUNTERS) if slots.population else options.k
+        self.total = slots.take("f8")
+        self.counters = slots.take("f4", 2 * self.k)
+        self.ids = slots.take("u4", self.k)
+        self.landmark = slots.landmark()
+
+    def strings(self) -> list[tuple[int, int]]:
+        return [(self.ids, self.k)]
+
+    def update(self, views: RowViews, batch: Batch) -> None:
+        index = self.half_life_index
+        _update(
+            views.f8,
+            views.f4,
+            views.u4,
+            views.i8,
+            self.total,
+            self.counters,
+            self.ids,
+            self.k,
+            self.landmark,
+            batch.rows,
+            batch.types,
+            self.event_weight,
+            batch.grids[index],
+            batch.mantissas[index],
+            batch.text_ids[self.attribute],
+        )
+
+    def _entries(self, views: RowViews, row: int) -> dict[int, tuple[float, float]]:
+        """Interned id → stored weight and error."""
+        ids = views.u4[row, self.ids : self.ids + self.k].tolist()
+        weights = views.f4[row, self.counters : self.counters + self.k].tolist()
+        errors = views.f4[row, self.counters + self.k : self.counters + 2 * self.k].tolist()
+        return {
+            held: (weight, error) for held, weight, error in zip(ids, weights, errors, strict=True) if held != 0
+        }
+
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
+        merged: dict[int, tuple[float, float]] = {}
+        summaries = [(self._entries(target, row), mine), (self._entries(source, source_row), theirs)]
+        # The most that a value can have had which a summary does not list: nothing while it still has room.
+        unlisted = [
+            min(weight for weight, _ in entries.values()) * scale if len(entries) == self.k else 0.0
+            for entries, scale in summaries
+        ]
+        for value in {**summaries[0][0], **summaries[1][0]}:
+            weight = error = 0.0
+            for (entries, scale), most in zip(summaries, unlisted, strict=True):
+                held = entries.get(value)
+                weight += held[0] * scale if held else most
+                error += held[1] * scale if held else most
+            merged[value] = (weight, error)
+        kept = sorted(merged.items(), key=lambda item: -item[1][0])[: self.k]
+        target.f8[row, self.total] = (
+            target.f8[row, self.total] * mine + source.f8[source_row, self.total] * theirs
+        )
+        target.u4[row, self.ids : self.ids + self.k] = 0
+        target.f4[row, self.counters : self.counters + 2 * self.k] = 0
+        for j, (value, (weight, error)) in enumerate(kept):
+            target.u4[row, self.ids + j] = value
+            target.f4[row, self.counters + j] = weight
+            target.f4[row, self.counters + self.k + j] = error
+        target.i8[row, self.landmark] = common
+
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        answer = message.top_k
+        answer.SetInParent()
+        scale = read_scale(int(views.i8[row, self.landmark]), context.read_ns, self.half_life_ns)
+        total = float(views.f8[row, self.total])
+        answer.weight = total * scale
+        entries = sorted(self._entries(views, row).items(), key=lambda item: -item[1][0])
+        for value, (weight, error) in entries[: self.listed]:
+            answer.entries.add(
+                value=context.text_of(value),
+                weight=weight * scale,
+                error=error * scale,
+                share=weight / total if total > 0 else 0.0,
+            )
+
+
+class TopK(FeatureKind):
+    """The heaviest values of an open vocabulary."""
+
+    name = "top_k"
+    Options = TopKOptions
+    reads = "text"
+    decays = True
+
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        return TopKFeature(given, slots)

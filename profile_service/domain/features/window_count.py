@@ -1,0 +1,146 @@
+"""`window_count`: events in the window that ends at the read, to the bucket.
+
+Buckets of equal width are numbered from 1970. The row holds the newest bucket's number (`head`) and a ring of counts, long enough
+for the window and for the five minutes that an event may lie in the future. Counted is every bucket `b` with
+`floor(T / bucket) - ceil(window / bucket) < b <= floor(T / bucket)`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import model_validator
+
+from profile_service.domain.decay import NO_LANDMARK, NS
+from profile_service.domain.duration import Duration
+from profile_service.domain.features.base import (
+    Batch,
+    Feature,
+    FeatureInput,
+    FeatureKind,
+    KindOptions,
+    ReadContext,
+    RowViews,
+    SlotAllocator,
+)
+from userprofile.v1 import profile_pb2
+
+FUTURE_S = 300.0
+MOST_BUCKETS = 10_000
+
+
+class WindowCountOptions(KindOptions):
+    """How long the window is, and how finely it slides."""
+
+    window: Duration
+    bucket: Duration
+
+    @model_validator(mode="after")
+    def _check(self) -> WindowCountOptions:
+        if self.bucket > self.window:
+            raise ValueError("bucket must not be longer than window")
+        if self.window / self.bucket > MOST_BUCKETS:
+            raise ValueError(f"window holds more than {MOST_BUCKETS} buckets: take longer ones")
+        return self
+
+
+@njit(cache=True, nogil=True)
+def _update(
+    u4: NDArray[np.uint32],
+    i8: NDArray[np.int64],
+    ring: int,
+    length: int,
+    head: int,
+    bucket_ns: int,
+    rows: NDArray[np.int64],
+    types: NDArray[np.int16],
+    weight: NDArray[np.float64],
+    time_ns: NDArray[np.int64],
+) -> None:
+    for i in range(len(rows)):
+        if weight[types[i]] == 0.0:
+            continue
+        row = rows[i]
+        bucket = time_ns[i] // bucket_ns
+        newest = i8[row, head]
+        if newest == NO_LANDMARK:
+            newest = bucket
+            i8[row, head] = bucket
+        if bucket > newest:
+            cleared = min(bucket - newest, length)
+            for j in range(cleared):
+                u4[row, ring + (bucket - j) % length] = 0
+            i8[row, head] = bucket
+        elif bucket <= newest - length:
+            continue
+        u4[row, ring + bucket % length] += np.uint32(1)
+
+
+class WindowCountFeature(Feature):
+    """A ring of counts and the number of its newest bucket."""
+
+    def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
+        super().__init__(given)
+        options: WindowCountOptions = given.options
+        self.bucket_ns = max(1, round(options.bucket * NS))
+        self.window_buckets = -(-round(options.window * NS) // self.bucket_ns)
+        ahead = -(-round(FUTURE_S * NS) // self.bucket_ns)
+        self.length = self.window_buckets + min(ahead, MOST_BUCKETS)
+        self.ring = slots.take("u4", self.length)
+        self.head = slots.take("i8", initial=NO_LANDMARK)
+
+    def update(self, views: RowViews, batch: Batch) -> None:
+        _update(
+            views.u4,
+            views.i8,
+            self.ring,
+            self.length,
+            self.head,
+            self.bucket_ns,
+            batch.rows,
+            batch.types,
+            self.event_weight,
+            batch.time_ns,
+        )
+
+    def _count_of(self, views: RowViews, row: int, bucket: int) -> int:
+        newest = int(views.i8[row, self.head])
+        if newest == NO_LANDMARK or not newest - self.length < bucket <= newest:
+            return 0
+        return int(views.u4[row, self.ring + bucket % self.length])
+
+    def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        newest = max(int(target.i8[row, self.head]), int(source.i8[source_row, self.head]))
+        if newest == NO_LANDMARK:
+            return
+        counts = {
+            bucket: self._count_of(target, row, bucket) + self._count_of(source, source_row, bucket)
+            for bucket in range(newest - self.length + 1, newest + 1)
+        }
+        for bucket, count in counts.items():
+            target.u4[row, self.ring + bucket % self.length] = count
+        target.i8[row, self.head] = newest
+
+    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
+        last = context.read_ns // self.bucket_ns
+        newest = int(views.i8[row, self.head])
+        first = last - self.window_buckets + 1
+        count = 0
+        if newest != NO_LANDMARK:
+            for bucket in range(max(first, newest - self.length + 1), min(last, newest) + 1):
+                count += int(views.u4[row, self.ring + bucket % self.length])
+        message.window_count.SetInParent()
+        message.window_count.value = count
+
+
+class WindowCount(FeatureKind):
+    """Events in a sliding window."""
+
+    name = "window_count"
+    Options = WindowCountOptions
+    reads = None
+    decays = False
+
+    def bind(self, given: FeatureInput, slots: SlotAllocator) -> Feature:
+        return WindowCountFeature(given, slots)

@@ -1,0 +1,24 @@
+"""Arrays in reserved address space: room for the largest size is reserved at once, pages come as they are touched.
+
+Growth therefore never copies and never doubles the memory in use, which matters where one array holds most of a machine's memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+
+def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
+    """An array of `count` zeros of `dtype` whose pages are not in memory until they are touched.
+
+    Raises:
+        OSError: the machine does not grant that much address space.
+    """
+    size = max(1, count) * np.dtype(dtype).itemsize
+    # The mapping lives as long as the array: NumPy keeps the buffer's owner.
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    return np.frombuffer(region, dtype=dtype, count=count)
