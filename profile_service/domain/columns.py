@@ -36,3 +36,20 @@ class EventColumns:
     """(text attributes, events); XXH64 (seed 0) of the value's bytes."""
     number: NDArray[np.float64]
     """(number attributes, events); NaN where the attribute is absent."""
+
+    def select(self, chosen: NDArray[np.int64]) -> EventColumns:
+        """The events at the positions `chosen`, in that order; the buffer is shared."""
+        return EventColumns(
+            count=len(chosen),
+            buffer=self.buffer,
+            user_offset=self.user_offset[chosen],
+            user_length=self.user_length[chosen],
+            user_hash=self.user_hash[chosen],
+            type_index=self.type_index[chosen],
+            time_ns=self.time_ns[chosen],
+            event_id_hash=self.event_id_hash[chosen],
+            text_offset=self.text_offset[:, chosen],
+            text_length=self.text_length[:, chosen],
+            text_hash=self.text_hash[:, chosen],
+            number=self.number[:, chosen],
+        )

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by the standard library from Python 3.13 on
+
 
 def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """An array of `count` zeros of `dtype` whose pages are not in memory until they are touched.
@@ -20,5 +22,5 @@ def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """
     size = max(1, count) * np.dtype(dtype).itemsize
     # The mapping lives as long as the array: NumPy keeps the buffer's owner.
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     return np.frombuffer(region, dtype=dtype, count=count)

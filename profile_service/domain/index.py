@@ -1,0 +1,313 @@
+"""Byte strings to dense numbers: user ids to rows, and texts to interned ids.
+
+Open addressing with linear probing over XXH64. A table slot and what it points to:
+
+    slot  (8 bytes)   | upper half of the hash | number + 1 |      0 is free
+    entry (16 bytes)  | hash | place in the arena << 16, length |
+    arena             the bytes themselves
+
+A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no tombstones
+gather. Entries and arena lie in reserved address space and never move when the table grows; only the slots are laid out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import xxhash
+from numba import njit
+from numpy.typing import NDArray
+
+from profile_service.domain.memory import reserve
+
+_LENGTH_BITS = 16
+MOST_BYTES = (1 << _LENGTH_BITS) - 1
+"""The longest byte string that an entry can hold."""
+
+_FULLEST = 0.8
+_COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
+
+
+@njit(cache=True, nogil=True)
+def _find(
+    slots: NDArray[np.uint64],
+    hashes: NDArray[np.uint64],
+    extents: NDArray[np.int64],
+    arena: NDArray[np.uint8],
+    buffer: NDArray[np.uint8],
+    start: int,
+    length: int,
+    key: np.uint64,
+) -> int:
+    """Position of the key's slot, or -1 - the position of the free slot where it belongs."""
+    mask = np.uint64(len(slots) - 1)
+    upper = key >> np.uint64(32)
+    at = key & mask
+    while slots[at] != np.uint64(0):
+        if slots[at] >> np.uint64(32) == upper:
+            number = np.int64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+            if hashes[number] == key and (extents[number] & MOST_BYTES) == length:
+                place = extents[number] >> _LENGTH_BITS
+                equal = True
+                for k in range(length):
+                    if arena[place + k] != buffer[start + k]:
+                        equal = False
+                        break
+                if equal:
+                    return np.int64(at)
+        at = (at + np.uint64(1)) & mask
+    return -1 - np.int64(at)
+
+
+@njit(cache=True, nogil=True)
+def _find_many(
+    slots: NDArray[np.uint64],
+    hashes: NDArray[np.uint64],
+    extents: NDArray[np.int64],
+    arena: NDArray[np.uint8],
+    state: NDArray[np.int64],
+    next_free: NDArray[np.int64],
+    buffer: NDArray[np.uint8],
+    offset: NDArray[np.int64],
+    length: NDArray[np.int32],
+    key: NDArray[np.uint64],
+    insert: bool,
+    first: int,
+    numbers: NDArray[np.int64],
+) -> int:
+    """Fills `numbers`; -1 for absent (length below 0, or not found where `insert` is off). Returns how many were new.
+
+    Numbers that were never used before start at `first`; freed ones come first.
+    """
+    new = 0
+    for i in range(len(key)):
+        size = np.int64(length[i])
+        if size < 0:
+            numbers[i] = -1
+            continue
+        at = _find(slots, hashes, extents, arena, buffer, offset[i], size, key[i])
+        if at >= 0:
+            numbers[i] = np.int64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+            continue
+        if not insert:
+            numbers[i] = -1
+            continue
+        number = state[_FREE_HEAD]
+        if number >= 0:
+            state[_FREE_HEAD] = next_free[number]
+        else:
+            number = first
+            first += 1
+        place = state[_ARENA_END]
+        for k in range(size):
+            arena[place + k] = buffer[offset[i] + k]
+        state[_ARENA_END] = place + size
+        hashes[number] = key[i]
+        extents[number] = (place << _LENGTH_BITS) | size
+        slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
+        state[_COUNT] += 1
+        numbers[i] = number
+        new += 1
+    return new
+
+
+@njit(cache=True, nogil=True)
+def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> None:
+    """Frees a slot, moving back what would no longer be found behind the hole."""
+    mask = len(slots) - 1
+    hole = at
+    probe = at
+    while True:
+        probe = (probe + 1) & mask
+        if slots[probe] == np.uint64(0):
+            break
+        home = np.int64(hashes[np.int64(slots[probe] & np.uint64(0xFFFFFFFF)) - 1] & np.uint64(mask))
+        # An entry may move back unless its home lies cyclically in (hole, probe].
+        if ((probe - home) & mask) >= ((probe - hole) & mask):
+            slots[hole] = slots[probe]
+            hole = probe
+    slots[hole] = np.uint64(0)
+
+
+@njit(cache=True, nogil=True)
+def _rehash(old: NDArray[np.uint64], hashes: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
+    mask = np.uint64(len(slots) - 1)
+    for i in range(len(old)):
+        if old[i] != np.uint64(0):
+            at = hashes[np.int64(old[i] & np.uint64(0xFFFFFFFF)) - 1] & mask
+            while slots[at] != np.uint64(0):
+                at = (at + np.uint64(1)) & mask
+            slots[at] = old[i]
+
+
+class ByteIndex:
+    """Gives every byte string a dense number from 0 on, and takes it back when the string is removed.
+
+    Args:
+        capacity: the most strings that it can hold at once.
+        arena_bytes: the most bytes that they can have together.
+
+    >>> index = ByteIndex(capacity=1000, arena_bytes=10_000)
+    >>> index.add([b"u1", b"u2", b"u1"])
+    [0, 1, 0]
+    >>> index.get(b"u2"), index.get(b"nobody"), index.bytes_of(1)
+    (1, -1, b'u2')
+    """
+
+    def __init__(self, capacity: int, arena_bytes: int) -> None:
+        self.capacity = capacity
+        self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
+        self._hashes: NDArray[np.uint64] = reserve(capacity, np.uint64)
+        self._extents: NDArray[np.int64] = reserve(capacity, np.int64)
+        self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
+        self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
+        self._state = np.array([0, 0, -1, 0], dtype=np.int64)
+        self.high_water = 0
+        """Numbers below this one have been in use at some time."""
+
+    def __len__(self) -> int:
+        return int(self._state[_COUNT])
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes in use: slots, entries and arena."""
+        return self._slots.nbytes + 16 * self.high_water + int(self._state[_ARENA_END])
+
+    def make_room(self, strings: int, size_bytes: int) -> bool:
+        """Makes sure that so many more strings of so many bytes together fit; False when the index is full."""
+        if len(self) + strings > self.capacity:
+            return False
+        if int(self._state[_ARENA_END]) + size_bytes > len(self._arena):
+            self._compact()
+            if int(self._state[_ARENA_END]) + size_bytes > len(self._arena):
+                return False
+        needed = len(self._slots)
+        while len(self) + strings > needed * _FULLEST:
+            needed *= 2
+        if needed != len(self._slots):
+            slots = np.zeros(needed, dtype=np.uint64)
+            _rehash(self._slots, self._hashes, slots)
+            self._slots = slots
+        return True
+
+    def find(
+        self,
+        buffer: NDArray[np.uint8],
+        offset: NDArray[np.int64],
+        length: NDArray[np.int32],
+        key: NDArray[np.uint64],
+        numbers: NDArray[np.int64],
+        *,
+        insert: bool,
+    ) -> int:
+        """Numbers of the strings at `offset`, `length` of `buffer` with the hashes `key`, into `numbers`.
+
+        A negative length is an absent string, whose number is -1, as is that of one not found when `insert` is off. The caller
+        has made room for what may be inserted. Returns how many were new.
+        """
+        fresh = self.high_water
+        new = int(
+            _find_many(
+                self._slots,
+                self._hashes,
+                self._extents,
+                self._arena,
+                self._state,
+                self._next_free,
+                buffer,
+                offset,
+                length,
+                key,
+                insert,
+                fresh,
+                numbers,
+            )
+        )
+        if new:
+            self.high_water = max(fresh, int(numbers.max()) + 1)
+        return new
+
+    def add(self, strings: Iterable[bytes]) -> list[int]:
+        """Numbers of the strings, new ones inserted.
+
+        Raises:
+            OverflowError: the index is full.
+        """
+        given = list(strings)
+        if not self.make_room(len(given), sum(map(len, given))):
+            raise OverflowError(f"the index holds {len(self)} of at most {self.capacity} strings")
+        return self._find_strings(given, insert=True)
+
+    def get(self, string: bytes) -> int:
+        """The string's number, -1 if there is none."""
+        return self._find_strings([string], insert=False)[0]
+
+    def _find_strings(self, strings: list[bytes], *, insert: bool) -> list[int]:
+        lengths = np.array([len(string) for string in strings], dtype=np.int32)
+        offsets = np.zeros(len(strings), dtype=np.int64)
+        np.cumsum(lengths[:-1], out=offsets[1:])
+        keys = np.array([xxhash.xxh64_intdigest(string) for string in strings], dtype=np.uint64)
+        numbers = np.empty(len(strings), dtype=np.int64)
+        joined = np.frombuffer(b"".join(strings) or b"\0", dtype=np.uint8)
+        self.find(joined, offsets, lengths, keys, numbers, insert=insert)
+        answer: list[int] = numbers.tolist()
+        return answer
+
+    def bytes_of(self, number: int) -> bytes:
+        """The string behind a number that is in use."""
+        extent = int(self._extents[number])
+        place = extent >> _LENGTH_BITS
+        return self._arena[place : place + (extent & MOST_BYTES)].tobytes()
+
+    def remove(self, string: bytes) -> int:
+        """Removes the string and returns its number, which may be given to another one; -1 if there was none."""
+        data = np.frombuffer(string or b"\0", dtype=np.uint8)
+        key = np.uint64(xxhash.xxh64_intdigest(string))
+        at = int(_find(self._slots, self._hashes, self._extents, self._arena, data, 0, len(string), key))
+        if at < 0:
+            return -1
+        number = int(self._slots[at] & np.uint64(0xFFFFFFFF)) - 1
+        _remove(self._slots, self._hashes, at)
+        self._state[_GARBAGE] += int(self._extents[number]) & MOST_BYTES
+        self._extents[number] = -1
+        self._next_free[number] = self._state[_FREE_HEAD]
+        self._state[_FREE_HEAD] = number
+        self._state[_COUNT] -= 1
+        return number
+
+    def numbers(self) -> NDArray[np.int64]:
+        """Every number in use, ascending."""
+        used = self._slots[self._slots != 0] & np.uint64(0xFFFFFFFF)
+        return np.sort(used.astype(np.int64) - 1)
+
+    def _compact(self) -> None:
+        """Closes the gaps that removed strings left in the arena."""
+        if not self._state[_GARBAGE]:
+            return
+        numbers = self.numbers()
+        order = numbers[np.argsort(self._extents[numbers] >> _LENGTH_BITS, kind="stable")]
+        end = 0
+        for number in order.tolist():
+            extent = int(self._extents[number])
+            place, size = extent >> _LENGTH_BITS, extent & MOST_BYTES
+            self._arena[end : end + size] = self._arena[place : place + size]
+            self._extents[number] = (end << _LENGTH_BITS) | size
+            end += size
+        self._state[_ARENA_END] = end
+        self._state[_GARBAGE] = 0
+
+    def check_invariants(self) -> None:
+        """Every string is found where it should be, and nothing else is; for tests."""
+        numbers = self.numbers()
+        assert len(numbers) == len(self) == len(set(numbers.tolist()))
+        assert len(self) <= len(self._slots) * _FULLEST or len(self._slots) == 1024
+        for number in numbers.tolist():
+            assert self.get(self.bytes_of(number)) == number
+        free = []
+        at = int(self._state[_FREE_HEAD])
+        while at >= 0:
+            free.append(at)
+            at = int(self._next_free[at])
+        assert set(free).isdisjoint(numbers.tolist())
+        assert len(free) + len(numbers) == self.high_water

@@ -1,0 +1,91 @@
+"""A schema compiled: which slots of a row each feature owns.
+
+    row    | f8 section | i8 section | f4 section | u4 section | u1 section | padding to 8 bytes |
+    header   i8[0] event_count   i8[1] first seen   i8[2] last seen   i8[3] last received     (times in ns since 1970)
+
+A fresh row is a copy of `template`, which holds what the features want to start from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.domain.features import KINDS
+from profile_service.domain.features.base import VIEW_DTYPES, Feature, FeatureInput, RowViews, SlotAllocator
+from profile_service.domain.schema import FeatureSpec, Schema
+
+EVENT_COUNT, FIRST_SEEN, LAST_SEEN, LAST_RECEIVED = range(4)
+"""Slots of `i8` that every row has."""
+
+_I8 = np.iinfo(np.int64)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything is in a row."""
+
+    features: tuple[Feature, ...]
+    half_lives_s: tuple[float | None, ...]
+    """The different half-lives, by half-life index."""
+    counts: dict[str, int]
+    """Slots by view."""
+    row_bytes: int
+    feature_bytes: tuple[int, ...]
+    """Bytes of a row by feature."""
+    template: NDArray[np.uint8]
+    """(row_bytes,) a fresh row."""
+
+    @classmethod
+    def compile(cls, schema: Schema, *, population: bool = False) -> Layout:
+        """Lays the schema's features out; for the population's row where `population` is set."""
+        slots = SlotAllocator(population=population)
+        slots.take("i8")
+        slots.take("i8", initial=_I8.max)
+        slots.take("i8", initial=_I8.min)
+        slots.take("i8")
+        half_lives: list[float | None] = [None]
+        features, sizes = [], []
+        for spec in schema.features:
+            if spec.half_life_s not in half_lives:
+                half_lives.append(spec.half_life_s)
+            before = slots.bytes_used()
+            features.append(_bind(schema, spec, half_lives.index(spec.half_life_s), slots))
+            sizes.append(slots.bytes_used() - before)
+        row_bytes = -(-slots.bytes_used() // 8) * 8
+        template = np.zeros(row_bytes, dtype=np.uint8)
+        layout = cls(tuple(features), tuple(half_lives), dict(slots.used), row_bytes, tuple(sizes), template)
+        views = layout.views_of(template.reshape(1, row_bytes))
+        for view, slot, value in slots.initial:
+            getattr(views, view)[0, slot] = value
+        return layout
+
+    def views_of(self, rows: NDArray[np.uint8]) -> RowViews:
+        """Typed views of (rows, row_bytes) bytes, without a copy."""
+        views, start = {}, 0
+        for name, dtype in VIEW_DTYPES.items():
+            end = start + self.counts[name] * dtype.itemsize
+            views[name] = rows[:, start:end].view(dtype) if end > start else np.zeros((len(rows), 0), dtype)
+            start = end
+        return RowViews(**views)
+
+    def wide_row(self) -> RowViews:
+        """One fresh row whose `f4` view has 64 bits: for sums over all users."""
+        narrow = self.views_of(self.template.reshape(1, self.row_bytes))
+        copies = {name: getattr(narrow, name).copy() for name in VIEW_DTYPES}
+        copies["f4"] = copies["f4"].astype(np.float64)
+        return RowViews(**copies)
+
+
+def _bind(schema: Schema, spec: FeatureSpec, half_life_index: int, slots: SlotAllocator) -> Feature:
+    kind = KINDS[spec.kind]
+    attribute = -1
+    if kind.reads == "text":
+        attribute = schema.text_attributes.index(spec.options.attribute)  # type: ignore[attr-defined]
+    elif kind.reads == "number":
+        attribute = schema.number_attributes.index(spec.options.attribute)  # type: ignore[attr-defined]
+    weight = np.array([event.weight if event.name in spec.events else 0.0 for event in schema.event_types])
+    given = FeatureInput(spec.name, spec.options, weight, spec.half_life_s, half_life_index, attribute)
+    return kind.bind(given, slots)

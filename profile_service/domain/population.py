@@ -1,0 +1,107 @@
+"""All users as one profile: the same slots and kernels as a user's row, in one row that is 64 bits wide.
+
+Each shard adds every event to its own population row. `PopulationRow.to_state` makes that portable; `Population.merge` adds the
+states of all shards up, which gives the prior of the categoricals and the answer of GetPopulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.domain.features.base import VIEW_DTYPES, Batch, ReadContext, RowViews
+from profile_service.domain.features.categorical import CategoricalFeature
+from profile_service.domain.header import merge_header, update_header
+from profile_service.domain.index import ByteIndex
+from profile_service.domain.layout import Layout
+from profile_service.domain.profile import encode_profile
+from profile_service.domain.schema import Schema
+from userprofile.internal.v1 import population_pb2
+
+
+class PopulationRow:
+    """The sums of one shard."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._layout = Layout.compile(schema, population=True)
+        self._views = self._layout.wide_row()
+
+    def add(self, batch: Batch, received_ns: int) -> None:
+        """Adds every event of the batch, whoever's it is."""
+        whole = Batch(**{**batch.__dict__, "rows": np.zeros(len(batch.rows), dtype=np.int64)})
+        update_header(self._views.i8, whole.rows, whole.time_ns, received_ns)
+        for feature in self._layout.features:
+            feature.update(self._views, whole)
+
+    def to_state(self, texts: ByteIndex) -> bytes:
+        """An encoded PopulationState; `texts` is what the row's interned ids stand for."""
+        u4 = self._views.u4.copy()
+        numbers: dict[int, int] = {}
+        for feature in self._layout.features:
+            for first, count in feature.strings():
+                for slot in range(first, first + count):
+                    held = int(u4[0, slot])
+                    if held:
+                        u4[0, slot] = numbers.setdefault(held, len(numbers) + 1)
+        return population_pb2.PopulationState(
+            f8=self._views.f8.tobytes(),
+            i8=self._views.i8.tobytes(),
+            f4=self._views.f4.tobytes(),
+            u4=u4.tobytes(),
+            u1=self._views.u1.tobytes(),
+            texts=[texts.bytes_of(held - 1).decode() for held in numbers],
+            schema_fingerprint=self._schema.fingerprint,
+        ).SerializeToString()
+
+
+class Population:
+    """The sums over all users of all shards at one moment."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._layout = Layout.compile(schema, population=True)
+        self._views = self._layout.wide_row()
+        self._texts: list[str] = []
+        self._categoricals = {f.name: f for f in self._layout.features if isinstance(f, CategoricalFeature)}
+        self._weights: dict[str, tuple[int, NDArray[np.float64]]] = {}
+
+    @classmethod
+    def merge(cls, schema: Schema, states: Iterable[bytes]) -> Population:
+        """The sum of the shards' states. A state of another schema is left out: its shard is about to be replaced."""
+        population = cls(schema)
+        numbers: dict[str, int] = {}
+        for encoded in states:
+            state = population_pb2.PopulationState.FromString(encoded)
+            if state.schema_fingerprint == schema.fingerprint:
+                population._add(state, numbers)
+        population._texts = list(numbers)
+        return population
+
+    def _add(self, state: population_pb2.PopulationState, numbers: dict[str, int]) -> None:
+        views = {}
+        for name, dtype in VIEW_DTYPES.items():
+            wide = np.dtype(np.float64) if name == "f4" else dtype
+            views[name] = np.frombuffer(getattr(state, name), dtype=wide).reshape(1, -1).copy()
+        translated = np.array([0, *(numbers.setdefault(text, len(numbers) + 1) for text in state.texts)], np.uint32)
+        for feature in self._layout.features:
+            for first, count in feature.strings():
+                views["u4"][0, first : first + count] = translated[views["u4"][0, first : first + count]]
+        source = RowViews(**views)
+        merge_header(self._views.i8, 0, source.i8, 0)
+        for feature in self._layout.features:
+            feature.merge(self._views, 0, source, 0)
+
+    def weights(self, name: str, read_ns: int) -> NDArray[np.float64] | None:
+        """Decayed weights of a categorical's values, `other` last, as of `read_ns`."""
+        cached = self._weights.get(name)
+        if cached is None or cached[0] != read_ns:
+            cached = read_ns, self._categoricals[name].weights(self._views, 0, read_ns)
+            self._weights[name] = cached
+        return cached[1]
+
+    def profile(self, read_ns: int, names: Sequence[str] = ()) -> bytes:
+        """An encoded Profile without a user id, of the features named, or of all."""
+        context = ReadContext(read_ns, lambda held: self._texts[held - 1], self.weights)
+        return encode_profile("", self._layout, self._views, 0, context, names)

@@ -1,0 +1,193 @@
+"""The profiles of a shard's users: one row a user, and the two indexes that lead to rows and texts.
+
+    ByteIndex users   user id → row              rows     (users, row_bytes), in reserved address space
+    ByteIndex texts   text → interned id - 1     layout   which slots of a row each feature owns
+
+Nothing here waits, reads a clock or draws a random number: the same events in the same order give the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.domain.columns import EventColumns
+from profile_service.domain.decay import decompose, half_life_to_ns
+from profile_service.domain.features.base import Batch, Feature, ReadContext
+from profile_service.domain.header import merge_header, update_header
+from profile_service.domain.index import ByteIndex
+from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED, Layout
+from profile_service.domain.memory import reserve
+from profile_service.domain.population import Population, PopulationRow
+from profile_service.domain.profile import encode_profile
+from profile_service.domain.schema import Schema
+
+MOST_USERS = 1 << 25
+MOST_TEXTS = 1 << 26
+USER_ID_BYTES = 32
+"""Address space set aside for a user's id on average."""
+
+
+class ProfileTable:
+    """Rows of users, updated by columns of events.
+
+    >>> from profile_service.domain.schema import parse_schema
+    >>> schema = parse_schema("{name: s, events: {view: {weight: 1}}, features: {views: {kind: counter}}}")
+    >>> table = ProfileTable(schema, most_users=1000, most_texts=1000)
+    >>> len(table), table.profile("nobody", read_ns=0)
+    (0, b'')
+    """
+
+    def __init__(self, schema: Schema, *, most_users: int = MOST_USERS, most_texts: int = MOST_TEXTS) -> None:
+        self.schema = schema
+        self.layout = Layout.compile(schema)
+        self.population = PopulationRow(schema)
+        self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
+        self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES)
+        self._rows: NDArray[np.uint8] = reserve(most_users * self.layout.row_bytes, np.uint8).reshape(
+            most_users, self.layout.row_bytes
+        )
+        self._views = self.layout.views_of(self._rows)
+        self._half_lives_ns = [half_life_to_ns(seconds) for seconds in self.layout.half_lives_s]
+        self._interned = sorted({f.attribute for f in self.layout.features if f.interns})
+        self._vocabularies = [(f, _vocabulary_index(f)) for f in self.layout.features if f.vocabulary()]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes in use by rows, indexes and texts."""
+        return self.users.high_water * self.layout.row_bytes + self.users.memory_bytes + self.texts.memory_bytes
+
+    def has_room(self, events: int, size_bytes: int) -> bool:
+        """Whether that many events of that many bytes surely fit, were every user and text of theirs new."""
+        texts = events * max(1, len(self._interned))
+        return self.users.make_room(events, size_bytes) and self.texts.make_room(texts, size_bytes)
+
+    def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:
+        """Counts the events `start` to `stop` of `columns` into their users' rows and into the population.
+
+        `received_ns` is when they arrived. The caller has seen `has_room`.
+        """
+        batch = self._resolve(columns, slice(start, stop))
+        update_header(self._views.i8, batch.rows, batch.time_ns, received_ns)
+        for feature in self.layout.features:
+            feature.update(self._views, batch)
+        self.population.add(batch, received_ns)
+
+    def _resolve(self, columns: EventColumns, run: slice) -> Batch:
+        count = run.stop - run.start
+        rows = np.empty(count, dtype=np.int64)
+        fresh = self.users.high_water
+        self.users.find(
+            columns.buffer,
+            columns.user_offset[run],
+            columns.user_length[run],
+            columns.user_hash[run],
+            rows,
+            insert=True,
+        )
+        self._rows[fresh : self.users.high_water] = self.layout.template
+        time_ns = columns.time_ns[run]
+        grids, mantissas = [], []
+        for half_life_ns in self._half_lives_ns:
+            grid, mantissa = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.float64)
+            if half_life_ns:
+                decompose(time_ns, half_life_ns, grid, mantissa)
+            grids.append(grid)
+            mantissas.append(mantissa)
+        offsets, lengths = columns.text_offset[:, run], columns.text_length[:, run]
+        hashes = columns.text_hash[:, run]
+        ids = np.zeros(lengths.shape, dtype=np.uint32)
+        numbers = np.empty(count, dtype=np.int64)
+        for attribute in self._interned:
+            self.texts.find(
+                columns.buffer, offsets[attribute], lengths[attribute], hashes[attribute], numbers, insert=True
+            )
+            ids[attribute] = numbers + 1
+        codes = {}
+        for feature, vocabulary in self._vocabularies:
+            a = feature.attribute
+            vocabulary.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=False)
+            unlisted = (numbers < 0) & (lengths[a] >= 0)
+            codes[feature.name] = np.where(unlisted, len(vocabulary), numbers).astype(np.int32)
+        return Batch(
+            rows=rows,
+            types=columns.type_index[run],
+            time_ns=time_ns,
+            grids=grids,
+            mantissas=mantissas,
+            text_ids=ids,
+            text_present=lengths,
+            text_hash=hashes,
+            number=columns.number[:, run],
+            codes=codes,
+        )
+
+    def profile(
+        self,
+        user_id: str,
+        read_ns: int,
+        names: Sequence[str] = (),
+        population: Population | None = None,
+    ) -> bytes:
+        """The user's encoded Profile as of `read_ns`; empty for a user never seen, or not heard of for the schema's TTL."""
+        row = self.users.get(user_id.encode())
+        if row < 0 or not self._views.i8[row, EVENT_COUNT] or self._is_expired(row, read_ns):
+            return b""
+        context = ReadContext(read_ns, self._text_of)
+        if population is not None:
+            context.population_weights = lambda name: population.weights(name, read_ns)
+        return encode_profile(user_id, self.layout, self._views, row, context, names)
+
+    def _text_of(self, held: int) -> str:
+        return self.texts.bytes_of(held - 1).decode()
+
+    def _is_expired(self, row: int, now_ns: int) -> bool:
+        ttl_s = self.schema.ttl_s
+        return ttl_s is not None and now_ns - int(self._views.i8[row, LAST_RECEIVED]) > ttl_s * 1e9
+
+    def merge(self, user_id: str, source_user_id: str) -> None:
+        """Adds the source user's row to the user's and removes the source, as if both users' events had been one's.
+
+        Raises:
+            KeyError: the source user has no row.
+        """
+        source = self.users.get(source_user_id.encode())
+        if source < 0:
+            raise KeyError(source_user_id)
+        fresh = self.users.high_water
+        row = self.users.add([user_id.encode()])[0]
+        self._rows[fresh : self.users.high_water] = self.layout.template
+        merge_header(self._views.i8, row, self._views.i8, source)
+        for feature in self.layout.features:
+            feature.merge(self._views, row, self._views, source)
+        self.remove(source_user_id)
+
+    def remove(self, user_id: str) -> bool:
+        """Forgets the user; False for a user never seen."""
+        row = self.users.remove(user_id.encode())
+        if row >= 0:
+            self._rows[row] = self.layout.template
+        return row >= 0
+
+    def idle(self, now_ns: int, first: int, last: int) -> list[bytes]:
+        """Ids of the users of the rows from `first` up to `last` who were not heard of for the schema's TTL."""
+        ttl_s = self.schema.ttl_s
+        last = min(last, self.users.high_water)
+        if ttl_s is None or first >= last:
+            return []
+        counts = self._views.i8[first:last, EVENT_COUNT]
+        received = self._views.i8[first:last, LAST_RECEIVED]
+        rows = np.flatnonzero((counts > 0) & (received < now_ns - int(ttl_s * 1e9))) + first
+        return [self.users.bytes_of(row) for row in rows.tolist()]
+
+
+def _vocabulary_index(feature: Feature) -> ByteIndex:
+    values = [value.encode() for value in feature.vocabulary()]
+    index = ByteIndex(len(values), sum(map(len, values)))
+    index.add(values)
+    return index

@@ -1,0 +1,63 @@
+"""Compiles every kernel that a schema needs into the cache, once, before the processes that share it start."""
+
+from __future__ import annotations
+
+import asyncio
+
+from profile_service.clock import system_clock
+from profile_service.config import Capacity, Limits
+from profile_service.domain.schema import Schema
+from profile_service.domain.table import ProfileTable
+from profile_service.shard.shard import Shard
+from profile_service.storage.log import MemoryLog
+from profile_service.wire.gather import gather, split_by_owner
+from profile_service.wire.plan import WirePlan
+from profile_service.wire.scan import scan_batch
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import event_service_pb2
+
+import numpy as np
+
+
+def warm_kernels(schema: Schema) -> None:
+    """Takes a few events of every type the whole way through a shard of its own: scan, split, gather, decode, apply, read."""
+    asyncio.run(_warm(schema))
+
+
+async def _warm(schema: Schema) -> None:
+    now_ns = system_clock()
+    message = event_service_pb2.StreamEventsRequest(producer_id="warm", sequence=1)
+    for number, event_type in enumerate([*schema.event_types, *schema.event_types]):
+        event = message.events.add(user_id=f"u{number}", type=event_type.name, event_id=f"e{number}")
+        event.time.FromNanoseconds(now_ns - number)
+        for name in schema.text_attributes:
+            event.attributes[name] = "text"
+        for name in schema.number_attributes:
+            event.attributes[name] = 1.0
+    plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
+    batch = scan_batch(message.SerializeToString(), plan, Limits(), now_ns)
+    order, _ = split_by_owner(batch.user_hash, batch.status, np.zeros(1, dtype=np.int32), 0, 1)
+    events = gather(batch.buffer, batch.offset, batch.length, order)
+    shard = Shard(
+        0,
+        schema,
+        partition_bits=8,
+        owned=range(256),
+        epoch=1,
+        log=MemoryLog(),
+        capacity=Capacity(event_ids_per_shard=1024),
+        clock=system_clock,
+        table=ProfileTable(schema, most_users=1024, most_texts=1024),
+    )
+    writer = asyncio.create_task(shard.run())
+    part = shard_pb2.ApplyRequest.Part(
+        producer_id="warm", sequence=1, arrival_time_ns=now_ns, events=events, event_count=len(message.events)
+    )
+    await shard.submit([part], len(events), 1)
+    part.sequence = 2
+    # The same event ids again: the way of duplicates.
+    await shard.submit([part], len(events), 1)
+    shard.set_population([shard.population_state()])
+    shard.read(["u0", "nobody"], [], 1)
+    await shard.close()
+    await writer

@@ -1,0 +1,94 @@
+"""ByteIndex against a dict: numbers are stable, dense and never shared, whatever is added and removed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from profile_service.domain.index import ByteIndex
+
+
+class IndexMachine(RuleBasedStateMachine):
+    """Adds and removes strings from a small pool, so that chains collide and numbers are reused."""
+
+    @initialize()
+    def start(self) -> None:
+        self.index = ByteIndex(capacity=3000, arena_bytes=20_000)
+        self.model: dict[bytes, int] = {}
+
+    @rule(strings=st.lists(st.integers(0, 400), max_size=80))
+    def add(self, strings: list[int]) -> None:
+        given = [b"%d" % (number * 7919) for number in strings]
+        for string, number in zip(given, self.index.add(given), strict=True):
+            if string in self.model:
+                assert self.model[string] == number
+            else:
+                assert number not in self.model.values()
+                self.model[string] = number
+
+    @rule(numbers=st.lists(st.integers(0, 400), max_size=40))
+    def remove(self, numbers: list[int]) -> None:
+        for number in numbers:
+            string = b"%d" % (number * 7919)
+            assert self.index.remove(string) == self.model.pop(string, -1)
+
+    @rule(number=st.integers(0, 500))
+    def get(self, number: int) -> None:
+        string = b"%d" % (number * 7919)
+        assert self.index.get(string) == self.model.get(string, -1)
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        if hasattr(self, "index"):
+            assert len(self.index) == len(self.model)
+            assert sorted(self.model.values()) == self.index.numbers().tolist()
+            self.index.check_invariants()
+
+
+TestIndexMachine = IndexMachine.TestCase
+
+
+@given(st.lists(st.binary(max_size=40), max_size=60))
+def test_any_bytes_come_back(strings: list[bytes]) -> None:
+    index = ByteIndex(capacity=100, arena_bytes=10_000)
+    numbers = index.add(strings)
+    assert [index.bytes_of(number) for number in numbers] == strings
+    assert len(index) == len(set(strings))
+
+
+def test_equal_hashes_are_told_apart_by_their_bytes() -> None:
+    index = ByteIndex(capacity=10, arena_bytes=100)
+    buffer = np.frombuffer(b"abxy", dtype=np.uint8)
+    numbers = np.empty(2, dtype=np.int64)
+    index.find(
+        buffer,
+        np.array([0, 2]),
+        np.array([2, 2], dtype=np.int32),
+        np.array([42, 42], dtype=np.uint64),
+        numbers,
+        insert=True,
+    )
+    assert numbers.tolist() == [0, 1]
+    assert index.bytes_of(0) == b"ab"
+    assert index.bytes_of(1) == b"xy"
+
+
+def test_a_full_index_says_so() -> None:
+    index = ByteIndex(capacity=2, arena_bytes=100)
+    index.add([b"a", b"b"])
+    with pytest.raises(OverflowError, match="2 of at most 2"):
+        index.add([b"c"])
+
+
+def test_the_arena_of_removed_strings_is_used_again() -> None:
+    index = ByteIndex(capacity=1000, arena_bytes=1000)
+    for round_number in range(50):
+        strings = [b"%04d-%04d" % (round_number, number) for number in range(50)]
+        index.add(strings)
+        for string in strings[1:]:
+            index.remove(string)
+        index.check_invariants()
+    assert len(index) == 50
