@@ -87,7 +87,7 @@ global___ApplyRequest = ApplyRequest
 
 @typing.final
 class ApplyResponse(google.protobuf.message.Message):
-    """What became of the parts."""
+    """What became of requests: as many as are ready go into one message."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -109,6 +109,8 @@ class ApplyResponse(google.protobuf.message.Message):
         """The bytes are not what the sender says; nothing was kept."""
         STATUS_UNAVAILABLE: ApplyResponse._Status.ValueType  # 5
         """The shard is shutting down; nothing was kept."""
+        STATUS_AFTER_REFUSAL: ApplyResponse._Status.ValueType  # 6
+        """An earlier request of this stream was refused; nothing was kept."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
         """How a request ended."""
@@ -125,68 +127,110 @@ class ApplyResponse(google.protobuf.message.Message):
     """The bytes are not what the sender says; nothing was kept."""
     STATUS_UNAVAILABLE: ApplyResponse.Status.ValueType  # 5
     """The shard is shutting down; nothing was kept."""
+    STATUS_AFTER_REFUSAL: ApplyResponse.Status.ValueType  # 6
+    """An earlier request of this stream was refused; nothing was kept."""
 
-    REQUEST_ID_FIELD_NUMBER: builtins.int
-    STATUS_FIELD_NUMBER: builtins.int
-    MESSAGE_FIELD_NUMBER: builtins.int
+    @typing.final
+    class Result(google.protobuf.message.Message):
+        """What became of one request."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        REQUEST_ID_FIELD_NUMBER: builtins.int
+        STATUS_FIELD_NUMBER: builtins.int
+        MESSAGE_FIELD_NUMBER: builtins.int
+        request_id: builtins.int
+        """The request's."""
+        status: global___ApplyResponse.Status.ValueType
+        """How it ended."""
+        message: builtins.str
+        """What was wrong, for people."""
+        def __init__(
+            self,
+            *,
+            request_id: builtins.int = ...,
+            status: global___ApplyResponse.Status.ValueType = ...,
+            message: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["message", b"message", "request_id", b"request_id", "status", b"status"]) -> None: ...
+
+    RESULTS_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
-    request_id: builtins.int
-    """The request's."""
-    status: global___ApplyResponse.Status.ValueType
-    """How it ended."""
-    message: builtins.str
-    """What was wrong, for people."""
     epoch: builtins.int
     """The shard's epoch."""
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ApplyResponse.Result]:
+        """The requests that have ended."""
+
     def __init__(
         self,
         *,
-        request_id: builtins.int = ...,
-        status: global___ApplyResponse.Status.ValueType = ...,
-        message: builtins.str = ...,
+        results: collections.abc.Iterable[global___ApplyResponse.Result] | None = ...,
         epoch: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "message", b"message", "request_id", b"request_id", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "results", b"results"]) -> None: ...
 
 global___ApplyResponse = ApplyResponse
 
 @typing.final
 class ReadRequest(google.protobuf.message.Message):
-    """Asks for profiles."""
+    """Asks for profiles; many callers' questions go into one message."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class Query(google.protobuf.message.Message):
+        """One caller's question."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        USER_IDS_FIELD_NUMBER: builtins.int
+        FEATURES_FIELD_NUMBER: builtins.int
+        POPULATION_FIELD_NUMBER: builtins.int
+        population: builtins.bool
+        """Asks for all users as one profile instead; user_ids is then empty."""
+        @property
+        def user_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+            """The users."""
+
+        @property
+        def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+            """Names of the features wanted; none means all."""
+
+        def __init__(
+            self,
+            *,
+            user_ids: collections.abc.Iterable[builtins.str] | None = ...,
+            features: collections.abc.Iterable[builtins.str] | None = ...,
+            population: builtins.bool = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["features", b"features", "population", b"population", "user_ids", b"user_ids"]) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
-    USER_IDS_FIELD_NUMBER: builtins.int
-    FEATURES_FIELD_NUMBER: builtins.int
+    QUERIES_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """Comes back in the answer."""
     epoch: builtins.int
     """Epoch of the topology by which the sender routed."""
     @property
-    def user_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The users."""
-
-    @property
-    def features(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of the features wanted; none means all."""
+    def queries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReadRequest.Query]:
+        """The questions."""
 
     def __init__(
         self,
         *,
         request_id: builtins.int = ...,
         epoch: builtins.int = ...,
-        user_ids: collections.abc.Iterable[builtins.str] | None = ...,
-        features: collections.abc.Iterable[builtins.str] | None = ...,
+        queries: collections.abc.Iterable[global___ReadRequest.Query] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "features", b"features", "request_id", b"request_id", "user_ids", b"user_ids"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "queries", b"queries", "request_id", b"request_id"]) -> None: ...
 
 global___ReadRequest = ReadRequest
 
 @typing.final
 class ReadResponse(google.protobuf.message.Message):
-    """Profiles."""
+    """The answers to a ReadRequest."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -202,11 +246,13 @@ class ReadResponse(google.protobuf.message.Message):
         """Read."""
         STATUS_NOT_MINE: ReadResponse._Status.ValueType  # 2
         """Routed by another epoch, or to partitions that this shard does not own."""
-        STATUS_UNKNOWN_FEATURE: ReadResponse._Status.ValueType  # 3
-        """A feature that the schema does not declare."""
+        STATUS_INVALID: ReadResponse._Status.ValueType  # 3
+        """A feature that the schema does not declare, or another fault of the question."""
+        STATUS_UNAVAILABLE: ReadResponse._Status.ValueType  # 4
+        """The shard recovers or shuts down."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
-        """How a request ended."""
+        """How a question ended."""
 
     STATUS_UNSPECIFIED: ReadResponse.Status.ValueType  # 0
     """Never sent."""
@@ -214,31 +260,165 @@ class ReadResponse(google.protobuf.message.Message):
     """Read."""
     STATUS_NOT_MINE: ReadResponse.Status.ValueType  # 2
     """Routed by another epoch, or to partitions that this shard does not own."""
-    STATUS_UNKNOWN_FEATURE: ReadResponse.Status.ValueType  # 3
-    """A feature that the schema does not declare."""
+    STATUS_INVALID: ReadResponse.Status.ValueType  # 3
+    """A feature that the schema does not declare, or another fault of the question."""
+    STATUS_UNAVAILABLE: ReadResponse.Status.ValueType  # 4
+    """The shard recovers or shuts down."""
+
+    @typing.final
+    class Answer(google.protobuf.message.Message):
+        """The answer to one question."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        STATUS_FIELD_NUMBER: builtins.int
+        MESSAGE_FIELD_NUMBER: builtins.int
+        PROFILES_FIELD_NUMBER: builtins.int
+        status: global___ReadResponse.Status.ValueType
+        """How it ended."""
+        message: builtins.str
+        """What was wrong, for people."""
+        @property
+        def profiles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+            """Encoded userprofile.v1.Profile messages in the order of user_ids; empty for a user never seen."""
+
+        def __init__(
+            self,
+            *,
+            status: global___ReadResponse.Status.ValueType = ...,
+            message: builtins.str = ...,
+            profiles: collections.abc.Iterable[builtins.bytes] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["message", b"message", "profiles", b"profiles", "status", b"status"]) -> None: ...
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
-    STATUS_FIELD_NUMBER: builtins.int
-    MESSAGE_FIELD_NUMBER: builtins.int
-    PROFILES_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    ANSWERS_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """The request's."""
-    status: global___ReadResponse.Status.ValueType
-    """How it ended."""
-    message: builtins.str
-    """What was wrong, for people."""
+    epoch: builtins.int
+    """The shard's epoch."""
     @property
-    def profiles(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
-        """Encoded userprofile.v1.Profile messages in the order of user_ids; empty for a user never seen."""
+    def answers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReadResponse.Answer]:
+        """In the order of the questions."""
 
     def __init__(
         self,
         *,
         request_id: builtins.int = ...,
-        status: global___ReadResponse.Status.ValueType = ...,
-        message: builtins.str = ...,
-        profiles: collections.abc.Iterable[builtins.bytes] | None = ...,
+        epoch: builtins.int = ...,
+        answers: collections.abc.Iterable[global___ReadResponse.Answer] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["message", b"message", "profiles", b"profiles", "request_id", b"request_id", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answers", b"answers", "epoch", b"epoch", "request_id", b"request_id"]) -> None: ...
 
 global___ReadResponse = ReadResponse
+
+@typing.final
+class GetProducerRequest(google.protobuf.message.Message):
+    """Asks what the shard knows of a producer."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRODUCER_ID_FIELD_NUMBER: builtins.int
+    producer_id: builtins.str
+    """The producer."""
+    def __init__(
+        self,
+        *,
+        producer_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["producer_id", b"producer_id"]) -> None: ...
+
+global___GetProducerRequest = GetProducerRequest
+
+@typing.final
+class GetProducerResponse(google.protobuf.message.Message):
+    """What the shard knows of a producer."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: builtins.int
+    acknowledged_sequence: builtins.int
+    """Every batch of the producer up to this one is durable, as far as this shard was told; 0 where it knows nothing."""
+    def __init__(
+        self,
+        *,
+        acknowledged_sequence: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["acknowledged_sequence", b"acknowledged_sequence"]) -> None: ...
+
+global___GetProducerResponse = GetProducerResponse
+
+@typing.final
+class GetShardStatusRequest(google.protobuf.message.Message):
+    """Asks how the shard does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetShardStatusRequest = GetShardStatusRequest
+
+@typing.final
+class GetShardStatusResponse(google.protobuf.message.Message):
+    """How the shard does."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: builtins.int
+    EPOCH_FIELD_NUMBER: builtins.int
+    USER_COUNT_FIELD_NUMBER: builtins.int
+    EVENT_COUNT_FIELD_NUMBER: builtins.int
+    STATE_BYTES_FIELD_NUMBER: builtins.int
+    LOG_POSITION_FIELD_NUMBER: builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: builtins.int
+    DUPLICATE_COUNT_FIELD_NUMBER: builtins.int
+    EVENT_ID_COUNT_FIELD_NUMBER: builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: builtins.int
+    CPU_SECONDS_FIELD_NUMBER: builtins.int
+    PID_FIELD_NUMBER: builtins.int
+    state: builtins.str
+    """"serving" or "recovering"."""
+    epoch: builtins.int
+    """The epoch by which it checks what it is sent."""
+    user_count: builtins.int
+    """Users it holds."""
+    event_count: builtins.int
+    """Events it has counted since it started."""
+    state_bytes: builtins.int
+    """Bytes reserved by rows, index and strings that are in use."""
+    log_position: builtins.int
+    """Position after the last record of its log."""
+    queued_bytes: builtins.int
+    """Bytes waiting in its bounded queue."""
+    duplicate_count: builtins.int
+    """Events refused as duplicates by producer sequence or event id."""
+    event_id_count: builtins.int
+    """Event ids held for deduplication."""
+    resident_bytes: builtins.int
+    """Resident memory of its process in bytes."""
+    cpu_seconds: builtins.float
+    """CPU time of its process in seconds."""
+    pid: builtins.int
+    """Process id."""
+    def __init__(
+        self,
+        *,
+        state: builtins.str = ...,
+        epoch: builtins.int = ...,
+        user_count: builtins.int = ...,
+        event_count: builtins.int = ...,
+        state_bytes: builtins.int = ...,
+        log_position: builtins.int = ...,
+        queued_bytes: builtins.int = ...,
+        duplicate_count: builtins.int = ...,
+        event_id_count: builtins.int = ...,
+        resident_bytes: builtins.int = ...,
+        cpu_seconds: builtins.float = ...,
+        pid: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "epoch", b"epoch", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_position", b"log_position", "pid", b"pid", "queued_bytes", b"queued_bytes", "resident_bytes", b"resident_bytes", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
+
+global___GetShardStatusResponse = GetShardStatusResponse

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class ShardServiceStub(object):
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     def __init__(self, channel):
@@ -46,15 +46,27 @@ class ShardServiceStub(object):
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.SerializeToString,
                 response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.FromString,
                 _registered_method=True)
+        self.GetProducer = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/GetProducer',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerResponse.FromString,
+                _registered_method=True)
+        self.GetShardStatus = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/GetShardStatus',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServiceServicer(object):
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     def Apply(self, request_iterator, context):
-        """Appends, syncs, applies and acknowledges.
+        """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
+        refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
+        sender then closes its side, and sends again on a new stream what was refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +74,20 @@ class ShardServiceServicer(object):
 
     def Read(self, request_iterator, context):
         """Reads profiles.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProducer(self, request, context):
+        """What the shard knows of a producer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetShardStatus(self, request, context):
+        """How the shard does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,6 +106,16 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.FromString,
                     response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.SerializeToString,
             ),
+            'GetProducer': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProducer,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerResponse.SerializeToString,
+            ),
+            'GetShardStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetShardStatus,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'userprofile.internal.v1.ShardService', rpc_method_handlers)
@@ -89,8 +125,8 @@ def add_ShardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ShardService(object):
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     @staticmethod
@@ -137,6 +173,60 @@ class ShardService(object):
             '/userprofile.internal.v1.ShardService/Read',
             userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.SerializeToString,
             userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProducer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.internal.v1.ShardService/GetProducer',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetProducerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetShardStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.internal.v1.ShardService/GetShardStatus',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,8 +18,8 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ShardServiceStub:
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -27,7 +27,10 @@ class ShardServiceStub:
         userprofile.internal.v1.shard_pb2.ApplyRequest,
         userprofile.internal.v1.shard_pb2.ApplyResponse,
     ]
-    """Appends, syncs, applies and acknowledges."""
+    """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
+    refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
+    sender then closes its side, and sends again on a new stream what was refused.
+    """
 
     Read: grpc.StreamStreamMultiCallable[
         userprofile.internal.v1.shard_pb2.ReadRequest,
@@ -35,16 +38,31 @@ class ShardServiceStub:
     ]
     """Reads profiles."""
 
+    GetProducer: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetProducerRequest,
+        userprofile.internal.v1.shard_pb2.GetProducerResponse,
+    ]
+    """What the shard knows of a producer."""
+
+    GetShardStatus: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetShardStatusRequest,
+        userprofile.internal.v1.shard_pb2.GetShardStatusResponse,
+    ]
+    """How the shard does."""
+
 class ShardServiceAsyncStub:
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     Apply: grpc.aio.StreamStreamMultiCallable[
         userprofile.internal.v1.shard_pb2.ApplyRequest,
         userprofile.internal.v1.shard_pb2.ApplyResponse,
     ]
-    """Appends, syncs, applies and acknowledges."""
+    """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
+    refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
+    sender then closes its side, and sends again on a new stream what was refused.
+    """
 
     Read: grpc.aio.StreamStreamMultiCallable[
         userprofile.internal.v1.shard_pb2.ReadRequest,
@@ -52,9 +70,21 @@ class ShardServiceAsyncStub:
     ]
     """Reads profiles."""
 
+    GetProducer: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetProducerRequest,
+        userprofile.internal.v1.shard_pb2.GetProducerResponse,
+    ]
+    """What the shard knows of a producer."""
+
+    GetShardStatus: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetShardStatusRequest,
+        userprofile.internal.v1.shard_pb2.GetShardStatusResponse,
+    ]
+    """How the shard does."""
+
 class ShardServiceServicer(metaclass=abc.ABCMeta):
-    """The data plane between a frontend and the owner of a shard. Both calls are long-lived streams: whatever waits for a
-    shard travels in one message, answers come by request_id.
+    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
+    a shard travels in one message, answers come by request_id, in any order.
     """
 
     @abc.abstractmethod
@@ -63,7 +93,10 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         request_iterator: _MaybeAsyncIterator[userprofile.internal.v1.shard_pb2.ApplyRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[userprofile.internal.v1.shard_pb2.ApplyResponse], collections.abc.AsyncIterator[userprofile.internal.v1.shard_pb2.ApplyResponse]]:
-        """Appends, syncs, applies and acknowledges."""
+        """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
+        refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
+        sender then closes its side, and sends again on a new stream what was refused.
+        """
 
     @abc.abstractmethod
     def Read(
@@ -72,5 +105,21 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[userprofile.internal.v1.shard_pb2.ReadResponse], collections.abc.AsyncIterator[userprofile.internal.v1.shard_pb2.ReadResponse]]:
         """Reads profiles."""
+
+    @abc.abstractmethod
+    def GetProducer(
+        self,
+        request: userprofile.internal.v1.shard_pb2.GetProducerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetProducerResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetProducerResponse]]:
+        """What the shard knows of a producer."""
+
+    @abc.abstractmethod
+    def GetShardStatus(
+        self,
+        request: userprofile.internal.v1.shard_pb2.GetShardStatusRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetShardStatusResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetShardStatusResponse]]:
+        """How the shard does."""
 
 def add_ShardServiceServicer_to_server(servicer: ShardServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
