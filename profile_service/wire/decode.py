@@ -1,0 +1,182 @@
+"""Logged or received events into the columns that `domain` applies, straight from their bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from profile_service.config import Limits
+from profile_service.domain.columns import EventColumns
+from profile_service.domain.hashing import xxh64
+from profile_service.errors import InvalidArgument
+from profile_service.wire.event import (
+    EVENT_SLOTS,
+    HAS_TIME,
+    ID_LENGTH,
+    ID_OFFSET,
+    MALFORMED,
+    TYPE_INDEX,
+    USER_LENGTH,
+    USER_OFFSET,
+    VALID,
+    Columns,
+    Plan,
+    check_event,
+    event_time_ns,
+    explain_event,
+    limit_slots,
+    make_scratch,
+    parse_event,
+)
+from profile_service.wire.frame import COUNT, as_buffer, check_frame, next_event
+from profile_service.wire.plan import WirePlan
+from profile_service.wire.reasons import describe
+
+_SMALLEST_CAPACITY = 64
+
+
+def decode_events(
+    events: bytes | bytearray | memoryview,
+    plan: WirePlan,
+    arrival_time_ns: int,
+    columns: EventColumns | None = None,
+    *,
+    limits: Limits | None = None,
+) -> EventColumns:
+    """Decodes an IngestEventsRequest that holds only events. An event without a time gets `arrival_time_ns`.
+
+    `columns` of a call before are filled again, and returned, where they are large enough. With `limits` an event must obey
+    them, and may not be further ahead of its arrival than they allow; without, any size and any time goes, as in a replay.
+
+    Raises InvalidArgument where the bytes are not events alone, or an event is not valid; `columns` are then worth nothing.
+    """
+    buffer = as_buffer(events)
+    count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
+    columns = _fitting(columns, plan, buffer, count)
+    limit = limit_slots(limits, arrival_time_ns)
+    explained = np.zeros(EVENT_SLOTS, np.int64)
+    decoded = _decode(
+        buffer,
+        plan.types_table,
+        plan.attributes_table,
+        plan.names,
+        plan.text_count,
+        plan.number_count,
+        limit,
+        arrival_time_ns,
+        count,
+        columns.user_offset,
+        columns.user_length,
+        columns.user_hash,
+        columns.type_index,
+        columns.time_ns,
+        columns.event_id_hash,
+        columns.text_offset,
+        columns.text_length,
+        columns.text_hash,
+        columns.number,
+        explained,
+    )
+    if decoded < count:
+        field, reason = describe(buffer, explained, plan, limit, arrival_time_ns)
+        raise InvalidArgument(f"events[{decoded}].{field}" if field else f"events[{decoded}]", reason)
+    return columns
+
+
+def _fitting(columns: EventColumns | None, plan: WirePlan, buffer: NDArray[np.uint8], count: int) -> EventColumns:
+    """The given columns where they have room for `count` events of this plan, else new ones with room to spare."""
+    texts, numbers = plan.text_count, plan.number_count
+    if (
+        columns is not None
+        and columns.user_offset.shape[0] >= count
+        and columns.text_offset.shape[0] == texts
+        and columns.number.shape[0] == numbers
+    ):
+        columns.count = count
+        columns.buffer = buffer
+        return columns
+    capacity = max(_SMALLEST_CAPACITY, 1 << max(0, count - 1).bit_length())
+    return EventColumns(
+        count=count,
+        buffer=buffer,
+        user_offset=np.empty(capacity, np.int64),
+        user_length=np.empty(capacity, np.int32),
+        user_hash=np.empty(capacity, np.uint64),
+        type_index=np.empty(capacity, np.int16),
+        time_ns=np.empty(capacity, np.int64),
+        event_id_hash=np.empty(capacity, np.uint64),
+        text_offset=np.empty((texts, capacity), np.int64),
+        text_length=np.empty((texts, capacity), np.int32),
+        text_hash=np.empty((texts, capacity), np.uint64),
+        number=np.empty((numbers, capacity), np.float64),
+    )
+
+
+@njit(cache=True, nogil=True)
+def _decode(
+    buffer: NDArray[np.uint8],
+    types: NDArray[np.uint64],
+    attributes: NDArray[np.uint64],
+    names: NDArray[np.uint8],
+    text_count: int,
+    number_count: int,
+    limits: NDArray[np.int64],
+    arrival_time_ns: int,
+    count: int,
+    user_offset: NDArray[np.int64],
+    user_length: NDArray[np.int32],
+    user_hash: NDArray[np.uint64],
+    type_index: NDArray[np.int16],
+    time_ns: NDArray[np.int64],
+    event_id_hash: NDArray[np.uint64],
+    text_offset: NDArray[np.int64],
+    text_length: NDArray[np.int32],
+    text_hash: NDArray[np.uint64],
+    number: NDArray[np.float64],
+    explained: NDArray[np.int64],
+) -> int:
+    """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not valid, which
+    is then explained."""
+    plan = Plan(types, attributes, names, text_count)
+    columns = Columns(text_offset, text_length, number)
+    scratch = make_scratch(text_count + number_count)
+    event = scratch.event
+    text_length[:, :count] = -1
+    number[:, :count] = np.nan
+    pos = 0
+    for i in range(count):
+        _, begin, end = next_event(buffer, pos, scratch.stack[2])
+        if parse_event(buffer, begin, end, plan, limits, scratch, columns, i) < 0:
+            verdict = MALFORMED
+        else:
+            verdict = check_event(event, limits)
+        if verdict != VALID:
+            explain_event(buffer, begin, end, plan, limits, scratch, columns)
+            explained[:] = event
+            return i
+        user = xxh64(buffer, event[USER_OFFSET], event[USER_LENGTH], 0)
+        user_offset[i] = event[USER_OFFSET]
+        user_length[i] = event[USER_LENGTH]
+        user_hash[i] = user
+        type_index[i] = event[TYPE_INDEX]
+        time_ns[i] = event_time_ns(event) if event[HAS_TIME] else arrival_time_ns
+        event_id_hash[i] = _event_id_hash(buffer, event[ID_OFFSET], event[ID_LENGTH], user)
+        pos = end
+    for text in range(text_count):
+        for i in range(count):
+            if text_length[text, i] >= 0:
+                text_hash[text, i] = xxh64(buffer, text_offset[text, i], text_length[text, i], 0)
+            else:
+                text_offset[text, i] = 0
+                text_hash[text, i] = 0
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _event_id_hash(buffer: NDArray[np.uint8], offset: int, length: int, user: np.uint64) -> np.uint64:
+    """XXH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
+    if length == 0:
+        return np.uint64(0)
+    value = xxh64(buffer, offset, length, user)
+    return value if value != np.uint64(0) else np.uint64(1)

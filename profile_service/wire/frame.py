@@ -1,0 +1,117 @@
+"""Framing of a batch, as kernels: where its events are. Events themselves are not looked into.
+
+    request = (0x0A length Event | 2 name | 3 sequence | unknown field)*
+
+StreamEventsRequest (name: producer_id, sequence) and IngestEventsRequest (name: request_id) share this shape.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from profile_service.errors import InvalidArgument
+from profile_service.wire.protobuf import (
+    STACK_SIZE,
+    fault,
+    fault_offset,
+    is_utf8,
+    read_length,
+    read_tag,
+    read_varint,
+    skip_unknown,
+    utf8_fault,
+)
+
+EVENT_TAG = 0x0A
+_NAME_TAG = 0x12
+_SEQUENCE_TAG = 0x18
+
+COUNT = 0
+NAME_OFFSET = 1
+NAME_LENGTH = 2
+SEQUENCE = 3
+FRAME_SLOTS = 4
+"""Slots of the `frame` array below."""
+
+
+def as_buffer(message: bytes | bytearray | memoryview) -> NDArray[np.uint8]:
+    """The message's bytes as a read-only array, without a copy; kernels are compiled for read-only arrays alone."""
+    buffer: NDArray[np.uint8] = np.frombuffer(message, np.uint8)
+    buffer.flags.writeable = False
+    return buffer
+
+
+def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDArray[np.int64]:
+    """Checks the framing of the whole message; returns the `frame` slots. Stops counting when it has seen `most` + 1 events.
+
+    With `events_only` anything but events is damage. Raises InvalidArgument naming the byte offset of the damage.
+    """
+    frame = np.zeros(FRAME_SLOTS, np.int64)
+    position = _check_frame(buffer, most, events_only, frame)
+    if position < 0:
+        offset, is_text = fault_offset(position)
+        wrong = "text that is not UTF-8" if is_text else "bytes that are not the protobuf message expected"
+        raise InvalidArgument("", f"the request must be well-formed, has {wrong} at byte {offset} of {buffer.size}")
+    return frame
+
+
+@njit(cache=True, nogil=True)
+def next_event(
+    buffer: NDArray[np.uint8], pos: int, stack: NDArray[np.int64]
+) -> tuple[int, int, int]:
+    """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message whose framing is known to be
+    whole and to have one more."""
+    while True:
+        start = pos
+        tag, pos = read_tag(buffer, pos, buffer.size)
+        if pos < 0:
+            return start, pos, pos
+        if tag == EVENT_TAG:
+            length, pos = read_length(buffer, pos, buffer.size)
+            return start, pos, pos + length
+        pos = skip_unknown(buffer, pos, buffer.size, tag, 0, stack)
+        if pos < 0:
+            return start, pos, pos
+
+
+@njit(cache=True, nogil=True)
+def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame: NDArray[np.int64]) -> int:
+    groups = np.zeros(STACK_SIZE, np.int64)
+    pos = 0
+    end = buffer.size
+    while pos < end:
+        start = pos
+        tag, pos = read_tag(buffer, pos, end)
+        if pos < 0:
+            return pos
+        if tag == EVENT_TAG:
+            length, pos = read_length(buffer, pos, end)
+            if pos < 0:
+                return pos
+            pos += length
+            frame[COUNT] += 1
+            if frame[COUNT] > most:
+                return pos
+        elif events_only:
+            return fault(start)
+        elif tag == _NAME_TAG:
+            length, pos = read_length(buffer, pos, end)
+            if pos < 0:
+                return pos
+            if not is_utf8(buffer, pos, length):
+                return utf8_fault(pos)
+            frame[NAME_OFFSET] = pos
+            frame[NAME_LENGTH] = length
+            pos += length
+        elif tag == _SEQUENCE_TAG:
+            value, pos = read_varint(buffer, pos, end)
+            if pos < 0:
+                return pos
+            frame[SEQUENCE] = np.int64(value)
+        else:
+            pos = skip_unknown(buffer, pos, end, tag, 0, groups)
+            if pos < 0:
+                return pos
+    return pos

@@ -1,0 +1,210 @@
+"""A producer's batch, looked through once: which events are valid, whose they are, where they lie. Nothing is copied, and no
+Python object is made for an event, unless it is refused.
+
+Damage inside an event refuses that event alone; damage to what holds the events together refuses the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from profile_service.config import Limits
+from profile_service.domain.hashing import xxh64
+from profile_service.errors import InvalidArgument
+from profile_service.wire.event import (
+    EVENT_SLOTS,
+    IGNORED,
+    MALFORMED,
+    USER_LENGTH,
+    USER_OFFSET,
+    VALID,
+    Columns,
+    Plan,
+    check_event,
+    explain_event,
+    limit_slots,
+    make_scratch,
+    parse_event,
+)
+from profile_service.wire.frame import COUNT, NAME_LENGTH, NAME_OFFSET, SEQUENCE, as_buffer, check_frame, next_event
+from profile_service.wire.plan import WirePlan
+from profile_service.wire.reasons import describe
+
+
+@dataclass(frozen=True)
+class ScannedBatch:
+    """The events of one message, by index; all arrays have `count` entries."""
+
+    buffer: NDArray[np.uint8]
+    """The message."""
+    count: int
+    offset: NDArray[np.int64]
+    """Where the event begins in `buffer`: at the tag in front of it."""
+    length: NDArray[np.int32]
+    """Bytes from there to the event's end: tag, length and event."""
+    user_hash: NDArray[np.uint64]
+    """XXH64 of the user id; 0 where the event is refused."""
+    status: NDArray[np.uint8]
+    """0 where the event is valid, else why not: see `wire.reasons.reason_name`."""
+    name: str
+    """producer_id of a StreamEventsRequest, request_id of an IngestEventsRequest."""
+    sequence: int
+    """sequence of a StreamEventsRequest."""
+    ignored_attributes: int
+    """Attributes of valid events that the schema does not declare."""
+    rejected_count: int
+    plan: WirePlan
+    limits: Limits
+    now_ns: int
+
+    @property
+    def all_valid(self) -> bool:
+        """Whether no event was refused."""
+        return self.rejected_count == 0
+
+    def rejected(self) -> list[tuple[int, str, str]]:
+        """(index, field, reason) of each refused event, by index; field is a path within the event such as `attributes.price`."""
+        if self.all_valid:
+            return []
+        index = np.flatnonzero(self.status)
+        limits = limit_slots(self.limits, self.now_ns)
+        explained = np.zeros((index.size, EVENT_SLOTS), np.int64)
+        plan = self.plan
+        _explain(
+            self.buffer,
+            plan.types_table,
+            plan.attributes_table,
+            plan.names,
+            plan.text_count,
+            plan.number_count,
+            limits,
+            self.offset[index],
+            explained,
+        )
+        return [
+            (int(i), *describe(self.buffer, slots, plan, limits, self.now_ns))
+            for i, slots in zip(index, explained, strict=True)
+        ]
+
+
+def scan_batch(message: bytes | bytearray | memoryview, plan: WirePlan, limits: Limits, now_ns: int) -> ScannedBatch:
+    """Looks through a StreamEventsRequest or IngestEventsRequest; `now_ns` is what event times may not be far ahead of.
+
+    Raises InvalidArgument where the message is too large, holds too many events, or is damaged outside of its events.
+    The message's memory is referred to, not copied: it must not change while the result is in use.
+    """
+    buffer = as_buffer(message)
+    if buffer.size > limits.message_bytes:
+        raise InvalidArgument("", f"a message must be at most {limits.message_bytes} bytes, is {buffer.size}")
+    frame = check_frame(buffer, limits.events_per_batch, events_only=False)
+    count = int(frame[COUNT])
+    if count > limits.events_per_batch:
+        raise InvalidArgument("events", f"must be at most {limits.events_per_batch} events, are more")
+    offset = np.empty(count, np.int64)
+    length = np.empty(count, np.int32)
+    user_hash = np.empty(count, np.uint64)
+    status = np.empty(count, np.uint8)
+    ignored, rejected = _scan(
+        buffer,
+        plan.types_table,
+        plan.attributes_table,
+        plan.names,
+        plan.text_count,
+        plan.number_count,
+        limit_slots(limits, now_ns),
+        offset,
+        length,
+        user_hash,
+        status,
+    )
+    name = bytes(buffer[frame[NAME_OFFSET] : frame[NAME_OFFSET] + frame[NAME_LENGTH]]).decode()
+    return ScannedBatch(
+        buffer=buffer,
+        count=count,
+        offset=offset,
+        length=length,
+        user_hash=user_hash,
+        status=status,
+        name=name,
+        sequence=int(frame[SEQUENCE]),
+        ignored_attributes=ignored,
+        rejected_count=rejected,
+        plan=plan,
+        limits=limits,
+        now_ns=now_ns,
+    )
+
+
+@njit(cache=True, nogil=True)
+def _scratch_columns(text_count: int, number_count: int) -> Columns:
+    """One column of each attribute, to be written over by each event."""
+    return Columns(
+        np.zeros((text_count, 1), np.int64), np.zeros((text_count, 1), np.int32), np.zeros((number_count, 1), np.float64)
+    )
+
+
+@njit(cache=True, nogil=True)
+def _scan(
+    buffer: NDArray[np.uint8],
+    types: NDArray[np.uint64],
+    attributes: NDArray[np.uint64],
+    names: NDArray[np.uint8],
+    text_count: int,
+    number_count: int,
+    limits: NDArray[np.int64],
+    offset: NDArray[np.int64],
+    length: NDArray[np.int32],
+    user_hash: NDArray[np.uint64],
+    status: NDArray[np.uint8],
+) -> tuple[int, int]:
+    """Fills the arrays of a batch whose framing is whole; (ignored attributes of valid events, refused events)."""
+    plan = Plan(types, attributes, names, text_count)
+    columns = _scratch_columns(text_count, number_count)
+    scratch = make_scratch(text_count + number_count)
+    event = scratch.event
+    ignored = 0
+    rejected = 0
+    pos = 0
+    for i in range(offset.size):
+        start, begin, end = next_event(buffer, pos, scratch.stack[2])
+        if parse_event(buffer, begin, end, plan, limits, scratch, columns, 0) < 0:
+            verdict = MALFORMED
+        else:
+            verdict = check_event(event, limits)
+        offset[i] = start
+        length[i] = end - start
+        status[i] = verdict
+        if verdict == VALID:
+            user_hash[i] = xxh64(buffer, event[USER_OFFSET], event[USER_LENGTH], 0)
+            ignored += event[IGNORED]
+        else:
+            user_hash[i] = 0
+            rejected += 1
+        pos = end
+    return ignored, rejected
+
+
+@njit(cache=True, nogil=True)
+def _explain(
+    buffer: NDArray[np.uint8],
+    types: NDArray[np.uint64],
+    attributes: NDArray[np.uint64],
+    names: NDArray[np.uint8],
+    text_count: int,
+    number_count: int,
+    limits: NDArray[np.int64],
+    offset: NDArray[np.int64],
+    explained: NDArray[np.int64],
+) -> None:
+    """What the reasons of the events at `offset` are made of, a row an event."""
+    plan = Plan(types, attributes, names, text_count)
+    columns = _scratch_columns(text_count, number_count)
+    scratch = make_scratch(text_count + number_count)
+    for i in range(offset.size):
+        _, begin, end = next_event(buffer, offset[i], scratch.stack[2])
+        explain_event(buffer, begin, end, plan, limits, scratch, columns)
+        explained[i] = scratch.event

@@ -1,0 +1,166 @@
+"""google.protobuf.Value inside an attribute, as kernels: what it holds, and whether everything nested in it is well-formed.
+
+    Struct      1 fields: map<string, Value> = repeated entry        ListValue   1 values: repeated Value
+    entry       1 key, 2 value
+    Value       oneof: 1 null_value, 2 number_value, 3 string_value, 4 bool_value, 5 struct_value, 6 list_value
+
+A structure inside an attribute is checked and never read: no feature uses one. The check walks it with an explicit stack.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from profile_service.domain.hashing import load_f64
+from profile_service.wire.protobuf import (
+    MAX_DEPTH,
+    fault,
+    is_utf8,
+    read_length,
+    read_tag,
+    read_varint,
+    skip_unknown,
+    utf8_fault,
+)
+
+KIND_NULL = 0
+"""null_value, or a Value with nothing set: the attribute counts as absent."""
+KIND_NUMBER = 1
+KIND_TEXT = 2
+KIND_BOOL = 3
+KIND_STRUCT = 4
+KIND_LIST = 5
+KIND_NOT_FINITE = 6
+"""A number that is NaN or infinite."""
+
+KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "not a finite number")
+
+VALUE_KIND = 0
+VALUE_OFFSET = 1
+VALUE_LENGTH = 2
+VALUE_FIELDS = 3
+"""Slots of the `value` array below: a KIND, the text's extent; the length of a struct or list is its encoded size."""
+
+# Kinds of the messages on the stack.
+_STRUCT = 0
+_ENTRY = 1
+_VALUE = 2
+_LIST = 3
+
+
+@njit(cache=True, nogil=True)
+def read_value(
+    buffer: NDArray[np.uint8],
+    pos: int,
+    end: int,
+    depth: int,
+    value: NDArray[np.int64],
+    number: NDArray[np.float64],
+    stack: NDArray[np.int64],
+) -> int:
+    """Merges the Value message in [pos, end), at `depth`, into `value` and `number[0]`; returns `end` or a fault.
+
+    The member sent last wins. A struct or list sent again is merged into the one before, so their sizes add up.
+    """
+    while pos < end:
+        start = pos
+        tag, pos = read_tag(buffer, pos, end)
+        if pos < 0:
+            return pos
+        if tag == 0x1A:
+            length, pos = read_length(buffer, pos, end)
+            if pos < 0:
+                return pos
+            if not is_utf8(buffer, pos, length):
+                return utf8_fault(pos)
+            value[VALUE_KIND] = KIND_TEXT
+            value[VALUE_OFFSET] = pos
+            value[VALUE_LENGTH] = length
+            pos += length
+        elif tag == 0x11:
+            if end - pos < 8:
+                return fault(start)
+            number[0] = load_f64(buffer, pos)
+            value[VALUE_KIND] = KIND_NUMBER if np.isfinite(number[0]) else KIND_NOT_FINITE
+            value[VALUE_LENGTH] = 8
+            pos += 8
+        elif tag == 0x08 or tag == 0x20:
+            _, pos = read_varint(buffer, pos, end)
+            if pos < 0:
+                return pos
+            value[VALUE_KIND] = KIND_NULL if tag == 0x08 else KIND_BOOL
+            value[VALUE_LENGTH] = 1
+        elif tag == 0x2A or tag == 0x32:
+            kind = KIND_STRUCT if tag == 0x2A else KIND_LIST
+            length, pos = read_length(buffer, pos, end)
+            if pos < 0:
+                return pos
+            pos = _check_nested(buffer, pos, pos + length, _STRUCT if tag == 0x2A else _LIST, depth + 1, stack)
+            if pos < 0:
+                return pos
+            value[VALUE_LENGTH] = length + (value[VALUE_LENGTH] if value[VALUE_KIND] == kind else 0)
+            value[VALUE_KIND] = kind
+        else:
+            pos = skip_unknown(buffer, pos, end, tag, depth, stack[2])
+            if pos < 0:
+                return pos
+    return pos
+
+
+@njit(cache=True, nogil=True)
+def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, depth: int, stack: NDArray[np.int64]) -> int:
+    """Whether the message of `kind` in [pos, end), at `depth`, is well-formed all the way down: `end` or a fault."""
+    if depth > MAX_DEPTH:
+        return fault(pos)
+    level = 0
+    stack[0, 0] = kind
+    stack[1, 0] = end
+    while True:
+        if pos == stack[1, level]:
+            if level == 0:
+                return pos
+            level -= 1
+            continue
+        kind = stack[0, level]
+        limit = stack[1, level]
+        start = pos
+        tag, pos = read_tag(buffer, pos, limit)
+        if pos < 0:
+            return pos
+        child = -1
+        if tag == 0x0A:
+            if kind == _STRUCT:
+                child = _ENTRY
+            elif kind == _LIST:
+                child = _VALUE
+        elif kind == _ENTRY:
+            if tag == 0x12:
+                child = _VALUE
+        elif kind == _VALUE:
+            if tag == 0x2A:
+                child = _STRUCT
+            elif tag == 0x32:
+                child = _LIST
+        if child >= 0:
+            length, pos = read_length(buffer, pos, limit)
+            if pos < 0:
+                return pos
+            level += 1
+            if depth + level > MAX_DEPTH:
+                return fault(start)
+            stack[0, level] = child
+            stack[1, level] = pos + length
+        elif (kind == _ENTRY and tag == 0x0A) or (kind == _VALUE and tag == 0x1A):
+            length, pos = read_length(buffer, pos, limit)
+            if pos < 0:
+                return pos
+            if not is_utf8(buffer, pos, length):
+                return utf8_fault(pos)
+            pos += length
+        else:
+            # Numbers, bools and nulls need no more than to be well-formed: as unknown fields.
+            pos = skip_unknown(buffer, pos, limit, tag, depth + level, stack[2])
+            if pos < 0:
+                return pos
