@@ -1,0 +1,1 @@
+"""How the rows of a file become events: which column means what, and rows to the bytes that the stream carries."""
