@@ -1,6 +1,8 @@
-"""XXH64 over a slice of bytes, for kernels: the hash by which users are routed, indexed and their texts compared.
+""")
+def _check_frameH64 over a slice of bytes, for kernels: the hash by which users are routed, indexed and their texts compared.
 
-Every language has XXH64, so clients compute the same partition. The algorithm is the xxHash specification's
+Every language has )
+def _check_frameH64, so clients compute the same partition. The algorithm is the xxHash specification's
 (https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md); the `xxhash` package gives the same number for the same bytes:
 
     >>> import numpy as np
@@ -10,6 +12,8 @@ Every language has XXH64, so clients compute the same partition. The algorithm i
     True
 
 The loads below are unaligned reads of several bytes at once. They check nothing: the caller has made sure of the bounds.
+
+Kernels are compiled without numba's runtime (`_nrt=False`): they make no arrays, and so need no counting of references.
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ _PRIME_5 = np.uint64(0x27D4EB2F165667C5)
 _SIXTY_FOUR = np.uint64(64)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def xxh64(buffer: NDArray[np.uint8], start: int, length: int, seed: int) -> np.uint64:
-    """XXH64 of `buffer[start : start + length]`, which the caller knows to lie within the buffer."""
+    """)
+    def _check_frameH64 of `buffer[start : start + length]`, which the caller knows to lie within the buffer."""
     pos = np.int64(start)
     end = pos + np.int64(length)
     base = np.uint64(seed)
@@ -47,7 +52,9 @@ def xxh64(buffer: NDArray[np.uint8], start: int, length: int, seed: int) -> np.u
             c = _round(c, load_u64(buffer, pos + 16))
             d = _round(d, load_u64(buffer, pos + 24))
             pos += 32
-        acc = _rotate(a, np.uint64(1)) + _rotate(b, np.uint64(7)) + _rotate(c, np.uint64(12)) + _rotate(d, np.uint64(18))
+        acc = (
+            _rotate(a, np.uint64(1)) + _rotate(b, np.uint64(7)) + _rotate(c, np.uint64(12)) + _rotate(d, np.uint64(18))
+        )
         acc = _merge(_merge(_merge(_merge(acc, a), b), c), d)
     else:
         acc = base + _PRIME_5
@@ -98,7 +105,9 @@ def load_f64(typingctx: Any, buffer: Any, offset: Any) -> Any:
 
 def _load(buffer: Any, offset: Any, bits: int, result: Any) -> Any:
     """Typing and code of one load: an address without numba's wraparound of negative indexes, read with alignment 1."""
-    if not (isinstance(buffer, types.Array) and buffer.dtype == types.uint8 and buffer.ndim == 1 and buffer.layout == "C"):
+    if not (
+        isinstance(buffer, types.Array) and buffer.dtype == types.uint8 and buffer.ndim == 1 and buffer.layout == "C"
+    ):
         return None
     if not isinstance(offset, types.Integer):
         return None
@@ -118,16 +127,16 @@ def _load(buffer: Any, offset: Any, bits: int, result: Any) -> Any:
     return result(buffer, offset), codegen
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def _rotate(value: np.uint64, bits: np.uint64) -> np.uint64:
     return (value << bits) | (value >> (_SIXTY_FOUR - bits))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def _round(acc: np.uint64, lane: np.uint64) -> np.uint64:
     return _rotate(acc + lane * _PRIME_2, np.uint64(31)) * _PRIME_1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def _merge(acc: np.uint64, lane: np.uint64) -> np.uint64:
     return (acc ^ _round(np.uint64(0), lane)) * _PRIME_1 + _PRIME_4

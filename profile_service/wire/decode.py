@@ -10,28 +10,21 @@ from profile_service.config import Limits
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.hashing import xxh64
 from profile_service.errors import InvalidArgument
-from profile_service.wire.event import (
-    EVENT_SLOTS,
-    HAS_TIME,
-    ID_LENGTH,
-    ID_OFFSET,
-    MALFORMED,
-    TYPE_INDEX,
-    USER_LENGTH,
-    USER_OFFSET,
-    VALID,
-    Columns,
-    Plan,
-    check_event,
-    event_time_ns,
-    explain_event,
-    limit_slots,
-    make_scratch,
-    parse_event,
-)
+from profile_service.wire.event import MALFORMED, VALID, check_event, event_time_ns, explain_event, parse_event
 from profile_service.wire.frame import COUNT, as_buffer, check_frame, next_event
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import describe
+from profile_service.wire.work import (
+    HAS_TIME,
+    ID_LENGTH,
+    ID_OFFSET,
+    STACKS,
+    TYPE_INDEX,
+    USER_LENGTH,
+    USER_OFFSET,
+    limit_slots,
+    make_work,
+)
 
 _SMALLEST_CAPACITY = 64
 
@@ -54,16 +47,13 @@ def decode_events(
     buffer = as_buffer(events)
     count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
     columns = _fitting(columns, plan, buffer, count)
-    limit = limit_slots(limits, arrival_time_ns)
-    explained = np.zeros(EVENT_SLOTS, np.int64)
+    explained = np.empty(STACKS, np.int64)
     decoded = _decode(
         buffer,
         plan.types_table,
         plan.attributes_table,
         plan.names,
-        plan.text_count,
-        plan.number_count,
-        limit,
+        limit_slots(limits, arrival_time_ns),
         arrival_time_ns,
         count,
         columns.user_offset,
@@ -79,7 +69,7 @@ def decode_events(
         explained,
     )
     if decoded < count:
-        field, reason = describe(buffer, explained, plan, limit, arrival_time_ns)
+        field, reason = describe(buffer, explained, plan, arrival_time_ns)
         raise InvalidArgument(f"events[{decoded}].{field}" if field else f"events[{decoded}]", reason)
     return columns
 
@@ -119,8 +109,6 @@ def _decode(
     types: NDArray[np.uint64],
     attributes: NDArray[np.uint64],
     names: NDArray[np.uint8],
-    text_count: int,
-    number_count: int,
     limits: NDArray[np.int64],
     arrival_time_ns: int,
     count: int,
@@ -138,32 +126,27 @@ def _decode(
 ) -> int:
     """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not valid, which
     is then explained."""
-    plan = Plan(types, attributes, names, text_count)
-    columns = Columns(text_offset, text_length, number)
-    scratch = make_scratch(text_count + number_count)
-    event = scratch.event
+    work = make_work(limits, text_length.shape[0] + number.shape[0])
     text_length[:, :count] = -1
     number[:, :count] = np.nan
     pos = 0
     for i in range(count):
-        _, begin, end = next_event(buffer, pos, scratch.stack[2])
-        if parse_event(buffer, begin, end, plan, limits, scratch, columns, i) < 0:
-            verdict = MALFORMED
-        else:
-            verdict = check_event(event, limits)
+        _, begin, end = next_event(buffer, pos, work)
+        after = parse_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i)
+        verdict = MALFORMED if after < 0 else check_event(work)
         if verdict != VALID:
-            explain_event(buffer, begin, end, plan, limits, scratch, columns)
-            explained[:] = event
+            explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
+            explained[:] = work[:STACKS]
             return i
-        user = xxh64(buffer, event[USER_OFFSET], event[USER_LENGTH], 0)
-        user_offset[i] = event[USER_OFFSET]
-        user_length[i] = event[USER_LENGTH]
+        user = xxh64(buffer, work[USER_OFFSET], work[USER_LENGTH], 0)
+        user_offset[i] = work[USER_OFFSET]
+        user_length[i] = work[USER_LENGTH]
         user_hash[i] = user
-        type_index[i] = event[TYPE_INDEX]
-        time_ns[i] = event_time_ns(event) if event[HAS_TIME] else arrival_time_ns
-        event_id_hash[i] = _event_id_hash(buffer, event[ID_OFFSET], event[ID_LENGTH], user)
+        type_index[i] = work[TYPE_INDEX]
+        time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_time_ns
+        event_id_hash[i] = _event_id_hash(buffer, work[ID_OFFSET], work[ID_LENGTH], user)
         pos = end
-    for text in range(text_count):
+    for text in range(text_length.shape[0]):
         for i in range(count):
             if text_length[text, i] >= 0:
                 text_hash[text, i] = xxh64(buffer, text_offset[text, i], text_length[text, i], 0)
@@ -175,7 +158,8 @@ def _decode(
 
 @njit(cache=True, nogil=True)
 def _event_id_hash(buffer: NDArray[np.uint8], offset: int, length: int, user: np.uint64) -> np.uint64:
-    """XXH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
+    """)
+    def _check_frameH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
     if length == 0:
         return np.uint64(0)
     value = xxh64(buffer, offset, length, user)

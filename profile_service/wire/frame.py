@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from profile_service.errors import InvalidArgument
 from profile_service.wire.protobuf import (
-    STACK_SIZE,
     fault,
     fault_offset,
     is_utf8,
@@ -23,6 +22,7 @@ from profile_service.wire.protobuf import (
     skip_unknown,
     utf8_fault,
 )
+from profile_service.wire.work import LAST
 
 EVENT_TAG = 0x0A
 _NAME_TAG = 0x12
@@ -57,10 +57,8 @@ def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDAr
     return frame
 
 
-@njit(cache=True, nogil=True)
-def next_event(
-    buffer: NDArray[np.uint8], pos: int, stack: NDArray[np.int64]
-) -> tuple[int, int, int]:
+@njit(cache=True, nogil=True, _nrt=False)
+def next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> tuple[int, int, int]:
     """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message whose framing is known to be
     whole and to have one more."""
     while True:
@@ -71,14 +69,14 @@ def next_event(
         if tag == EVENT_TAG:
             length, pos = read_length(buffer, pos, buffer.size)
             return start, pos, pos + length
-        pos = skip_unknown(buffer, pos, buffer.size, tag, 0, stack)
+        pos = skip_unknown(buffer, pos, buffer.size, tag, 0, work)
         if pos < 0:
             return start, pos, pos
 
 
 @njit(cache=True, nogil=True)
 def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame: NDArray[np.int64]) -> int:
-    groups = np.zeros(STACK_SIZE, np.int64)
+    work = np.zeros(LAST, np.int64)
     pos = 0
     end = buffer.size
     while pos < end:
@@ -111,7 +109,7 @@ def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame:
                 return pos
             frame[SEQUENCE] = np.int64(value)
         else:
-            pos = skip_unknown(buffer, pos, end, tag, 0, groups)
+            pos = skip_unknown(buffer, pos, end, tag, 0, work)
             if pos < 0:
                 return pos
     return pos

@@ -20,12 +20,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from profile_service.domain.hashing import load_u8, load_u64
+from profile_service.wire.work import GROUPS_STACK
 
 MAX_DEPTH = 100
 """Messages and groups may be nested this deep below the outermost, which is at depth 0."""
-
-STACK_SIZE = 128
-"""Entries of an explicit stack: more than MAX_DEPTH."""
 
 WIRE_VARINT = 0
 WIRE_FIXED64 = 1
@@ -43,19 +41,19 @@ def fault_offset(position: int) -> tuple[int, bool]:
     return code >> 1, bool(code & 1)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def fault(pos: int) -> int:
     """The bytes at `pos` are not protobuf."""
     return -1 - 2 * pos
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def utf8_fault(pos: int) -> int:
     """The text that starts at `pos` is not UTF-8."""
     return -2 - 2 * pos
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def read_varint(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[np.uint64, int]:
     """Value modulo 2**64, position after it."""
     start = pos
@@ -71,7 +69,7 @@ def read_varint(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[np.uint6
     return np.uint64(0), fault(start)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def read_tag(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
     """Tag (field number << 3 | wire type), position after it."""
     start = pos
@@ -93,7 +91,7 @@ def read_tag(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
     return np.int64(0), fault(start)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def read_length(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
     """Length of a payload that lies wholly before `end`, position of its first byte."""
     if pos < end:
@@ -110,15 +108,15 @@ def read_length(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int
     return np.int64(value), after
 
 
-@njit(cache=True, nogil=True)
-def skip_unknown(buffer: NDArray[np.uint8], pos: int, end: int, tag: int, depth: int, groups: NDArray[np.int64]) -> int:
-    """Position after the payload of a field that the message, at `depth`, does not know; `groups` is a stack to work with."""
+@njit(cache=True, nogil=True, _nrt=False)
+def skip_unknown(buffer: NDArray[np.uint8], pos: int, end: int, tag: int, depth: int, work: NDArray[np.int64]) -> int:
+    """Position after the payload of a field that the message, at `depth`, does not know; `work` lends a stack."""
     if tag & 7 == WIRE_GROUP_START:
-        return _skip_group(buffer, pos, end, tag >> 3, depth + 1, groups)
+        return _skip_group(buffer, pos, end, tag >> 3, depth + 1, work)
     return _skip_plain(buffer, pos, end, tag & 7)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
     """Whether the slice is UTF-8 as proto3 has it: shortest forms, no surrogates, nothing above U+10FFFF."""
     end = pos + length
@@ -128,7 +126,9 @@ def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
             if load_u64(buffer, pos) & _HIGH_BITS == np.uint64(0):
                 pos += 8
                 continue
-        elif pos + 8 <= buffer.size and load_u64(buffer, pos) & (_HIGH_BITS >> np.uint64(64 - 8 * left)) == np.uint64(0):
+        elif pos + 8 <= buffer.size and load_u64(buffer, pos) & (_HIGH_BITS >> np.uint64(64 - 8 * left)) == np.uint64(
+            0
+        ):
             return True
         lead = load_u8(buffer, pos)
         if lead < 0x80:
@@ -166,7 +166,7 @@ def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def _skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int:
     """Position after the payload of anything but a group; the end of a group that was never begun is a fault."""
     if wire == WIRE_VARINT:
@@ -182,13 +182,13 @@ def _skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int
     return fault(pos)
 
 
-@njit(cache=True, nogil=True)
-def _skip_group(buffer: NDArray[np.uint8], pos: int, end: int, number: int, depth: int, groups: NDArray[np.int64]) -> int:
+@njit(cache=True, nogil=True, _nrt=False)
+def _skip_group(buffer: NDArray[np.uint8], pos: int, end: int, number: int, depth: int, work: NDArray[np.int64]) -> int:
     """Position after the end tag of group `number`, which is at `depth` and whose start tag ends at `pos`."""
     if depth > MAX_DEPTH:
         return fault(pos)
     level = 0
-    groups[0] = number
+    work[GROUPS_STACK] = number
     while True:
         tag, after = read_tag(buffer, pos, end)
         if after < 0:
@@ -198,10 +198,10 @@ def _skip_group(buffer: NDArray[np.uint8], pos: int, end: int, number: int, dept
             level += 1
             if depth + level > MAX_DEPTH:
                 return fault(pos)
-            groups[level] = tag >> 3
+            work[GROUPS_STACK + level] = tag >> 3
             pos = after
         elif wire == WIRE_GROUP_END:
-            if groups[level] != tag >> 3:
+            if work[GROUPS_STACK + level] != tag >> 3:
                 return fault(pos)
             if level == 0:
                 return after

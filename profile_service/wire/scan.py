@@ -15,24 +15,11 @@ from numpy.typing import NDArray
 from profile_service.config import Limits
 from profile_service.domain.hashing import xxh64
 from profile_service.errors import InvalidArgument
-from profile_service.wire.event import (
-    EVENT_SLOTS,
-    IGNORED,
-    MALFORMED,
-    USER_LENGTH,
-    USER_OFFSET,
-    VALID,
-    Columns,
-    Plan,
-    check_event,
-    explain_event,
-    limit_slots,
-    make_scratch,
-    parse_event,
-)
+from profile_service.wire.event import MALFORMED, VALID, check_event, explain_event, parse_event
 from profile_service.wire.frame import COUNT, NAME_LENGTH, NAME_OFFSET, SEQUENCE, as_buffer, check_frame, next_event
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import describe
+from profile_service.wire.work import IGNORED, STACKS, USER_LENGTH, USER_OFFSET, limit_slots, make_work
 
 
 @dataclass(frozen=True)
@@ -47,7 +34,8 @@ class ScannedBatch:
     length: NDArray[np.int32]
     """Bytes from there to the event's end: tag, length and event."""
     user_hash: NDArray[np.uint64]
-    """XXH64 of the user id; 0 where the event is refused."""
+    """)
+def _check_frameH64 of the user id; 0 where the event is refused."""
     status: NDArray[np.uint8]
     """0 where the event is valid, else why not: see `wire.reasons.reason_name`."""
     name: str
@@ -71,8 +59,7 @@ class ScannedBatch:
         if self.all_valid:
             return []
         index = np.flatnonzero(self.status)
-        limits = limit_slots(self.limits, self.now_ns)
-        explained = np.zeros((index.size, EVENT_SLOTS), np.int64)
+        explained = np.empty((index.size, STACKS), np.int64)
         plan = self.plan
         _explain(
             self.buffer,
@@ -81,12 +68,12 @@ class ScannedBatch:
             plan.names,
             plan.text_count,
             plan.number_count,
-            limits,
+            limit_slots(self.limits, self.now_ns),
             self.offset[index],
             explained,
         )
         return [
-            (int(i), *describe(self.buffer, slots, plan, limits, self.now_ns))
+            (int(i), *describe(self.buffer, slots, plan, self.now_ns))
             for i, slots in zip(index, explained, strict=True)
         ]
 
@@ -140,14 +127,6 @@ def scan_batch(message: bytes | bytearray | memoryview, plan: WirePlan, limits: 
 
 
 @njit(cache=True, nogil=True)
-def _scratch_columns(text_count: int, number_count: int) -> Columns:
-    """One column of each attribute, to be written over by each event."""
-    return Columns(
-        np.zeros((text_count, 1), np.int64), np.zeros((text_count, 1), np.int32), np.zeros((number_count, 1), np.float64)
-    )
-
-
-@njit(cache=True, nogil=True)
 def _scan(
     buffer: NDArray[np.uint8],
     types: NDArray[np.uint64],
@@ -162,25 +141,24 @@ def _scan(
     status: NDArray[np.uint8],
 ) -> tuple[int, int]:
     """Fills the arrays of a batch whose framing is whole; (ignored attributes of valid events, refused events)."""
-    plan = Plan(types, attributes, names, text_count)
-    columns = _scratch_columns(text_count, number_count)
-    scratch = make_scratch(text_count + number_count)
-    event = scratch.event
+    work = make_work(limits, text_count + number_count)
+    # One column, written over by each event.
+    text_offset = np.empty((text_count, 1), np.int64)
+    text_length = np.empty((text_count, 1), np.int32)
+    number = np.empty((number_count, 1), np.float64)
     ignored = 0
     rejected = 0
     pos = 0
     for i in range(offset.size):
-        start, begin, end = next_event(buffer, pos, scratch.stack[2])
-        if parse_event(buffer, begin, end, plan, limits, scratch, columns, 0) < 0:
-            verdict = MALFORMED
-        else:
-            verdict = check_event(event, limits)
+        start, begin, end = next_event(buffer, pos, work)
+        after = parse_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, 0)
+        verdict = MALFORMED if after < 0 else check_event(work)
         offset[i] = start
         length[i] = end - start
         status[i] = verdict
         if verdict == VALID:
-            user_hash[i] = xxh64(buffer, event[USER_OFFSET], event[USER_LENGTH], 0)
-            ignored += event[IGNORED]
+            user_hash[i] = xxh64(buffer, work[USER_OFFSET], work[USER_LENGTH], 0)
+            ignored += work[IGNORED]
         else:
             user_hash[i] = 0
             rejected += 1
@@ -201,10 +179,12 @@ def _explain(
     explained: NDArray[np.int64],
 ) -> None:
     """What the reasons of the events at `offset` are made of, a row an event."""
-    plan = Plan(types, attributes, names, text_count)
-    columns = _scratch_columns(text_count, number_count)
-    scratch = make_scratch(text_count + number_count)
+    work = make_work(limits, text_count + number_count)
+    # One column, written over by each event.
+    text_offset = np.empty((text_count, 1), np.int64)
+    text_length = np.empty((text_count, 1), np.int32)
+    number = np.empty((number_count, 1), np.float64)
     for i in range(offset.size):
-        _, begin, end = next_event(buffer, offset[i], scratch.stack[2])
-        explain_event(buffer, begin, end, plan, limits, scratch, columns)
-        explained[i] = scratch.event
+        _, begin, end = next_event(buffer, offset[i], work)
+        explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
+        explained[i] = work[:STACKS]

@@ -24,6 +24,7 @@ from profile_service.wire.protobuf import (
     skip_unknown,
     utf8_fault,
 )
+from profile_service.wire.work import ENDS_STACK, KINDS_STACK, VALUE_KIND, VALUE_LENGTH, VALUE_OFFSET
 
 KIND_NULL = 0
 """null_value, or a Value with nothing set: the attribute counts as absent."""
@@ -37,12 +38,6 @@ KIND_NOT_FINITE = 6
 
 KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "not a finite number")
 
-VALUE_KIND = 0
-VALUE_OFFSET = 1
-VALUE_LENGTH = 2
-VALUE_FIELDS = 3
-"""Slots of the `value` array below: a KIND, the text's extent; the length of a struct or list is its encoded size."""
-
 # Kinds of the messages on the stack.
 _STRUCT = 0
 _ENTRY = 1
@@ -50,17 +45,15 @@ _VALUE = 2
 _LIST = 3
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, _nrt=False)
 def read_value(
     buffer: NDArray[np.uint8],
     pos: int,
     end: int,
     depth: int,
-    value: NDArray[np.int64],
-    number: NDArray[np.float64],
-    stack: NDArray[np.int64],
+    work: NDArray[np.int64],
 ) -> int:
-    """Merges the Value message in [pos, end), at `depth`, into `value` and `number[0]`; returns `end` or a fault.
+    """Merges the Value message in [pos, end), at `depth`, into the VALUE slots of `work`; returns `end` or a fault.
 
     The member sent last wins. A struct or list sent again is merged into the one before, so their sizes add up.
     """
@@ -75,56 +68,56 @@ def read_value(
                 return pos
             if not is_utf8(buffer, pos, length):
                 return utf8_fault(pos)
-            value[VALUE_KIND] = KIND_TEXT
-            value[VALUE_OFFSET] = pos
-            value[VALUE_LENGTH] = length
+            work[VALUE_KIND] = KIND_TEXT
+            work[VALUE_OFFSET] = pos
+            work[VALUE_LENGTH] = length
             pos += length
         elif tag == 0x11:
             if end - pos < 8:
                 return fault(start)
-            number[0] = load_f64(buffer, pos)
-            value[VALUE_KIND] = KIND_NUMBER if np.isfinite(number[0]) else KIND_NOT_FINITE
-            value[VALUE_LENGTH] = 8
+            work[VALUE_KIND] = KIND_NUMBER if np.isfinite(load_f64(buffer, pos)) else KIND_NOT_FINITE
+            work[VALUE_OFFSET] = pos
+            work[VALUE_LENGTH] = 8
             pos += 8
         elif tag == 0x08 or tag == 0x20:
             _, pos = read_varint(buffer, pos, end)
             if pos < 0:
                 return pos
-            value[VALUE_KIND] = KIND_NULL if tag == 0x08 else KIND_BOOL
-            value[VALUE_LENGTH] = 1
+            work[VALUE_KIND] = KIND_NULL if tag == 0x08 else KIND_BOOL
+            work[VALUE_LENGTH] = 1
         elif tag == 0x2A or tag == 0x32:
             kind = KIND_STRUCT if tag == 0x2A else KIND_LIST
             length, pos = read_length(buffer, pos, end)
             if pos < 0:
                 return pos
-            pos = _check_nested(buffer, pos, pos + length, _STRUCT if tag == 0x2A else _LIST, depth + 1, stack)
+            pos = _check_nested(buffer, pos, pos + length, _STRUCT if tag == 0x2A else _LIST, depth + 1, work)
             if pos < 0:
                 return pos
-            value[VALUE_LENGTH] = length + (value[VALUE_LENGTH] if value[VALUE_KIND] == kind else 0)
-            value[VALUE_KIND] = kind
+            work[VALUE_LENGTH] = length + (work[VALUE_LENGTH] if work[VALUE_KIND] == kind else 0)
+            work[VALUE_KIND] = kind
         else:
-            pos = skip_unknown(buffer, pos, end, tag, depth, stack[2])
+            pos = skip_unknown(buffer, pos, end, tag, depth, work)
             if pos < 0:
                 return pos
     return pos
 
 
-@njit(cache=True, nogil=True)
-def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, depth: int, stack: NDArray[np.int64]) -> int:
+@njit(cache=True, nogil=True, _nrt=False)
+def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, depth: int, work: NDArray[np.int64]) -> int:
     """Whether the message of `kind` in [pos, end), at `depth`, is well-formed all the way down: `end` or a fault."""
     if depth > MAX_DEPTH:
         return fault(pos)
     level = 0
-    stack[0, 0] = kind
-    stack[1, 0] = end
+    work[KINDS_STACK] = kind
+    work[ENDS_STACK] = end
     while True:
-        if pos == stack[1, level]:
+        if pos == work[ENDS_STACK + level]:
             if level == 0:
                 return pos
             level -= 1
             continue
-        kind = stack[0, level]
-        limit = stack[1, level]
+        kind = work[KINDS_STACK + level]
+        limit = work[ENDS_STACK + level]
         start = pos
         tag, pos = read_tag(buffer, pos, limit)
         if pos < 0:
@@ -150,8 +143,8 @@ def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, dept
             level += 1
             if depth + level > MAX_DEPTH:
                 return fault(start)
-            stack[0, level] = child
-            stack[1, level] = pos + length
+            work[KINDS_STACK + level] = child
+            work[ENDS_STACK + level] = pos + length
         elif (kind == _ENTRY and tag == 0x0A) or (kind == _VALUE and tag == 0x1A):
             length, pos = read_length(buffer, pos, limit)
             if pos < 0:
@@ -161,6 +154,6 @@ def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, dept
             pos += length
         else:
             # Numbers, bools and nulls need no more than to be well-formed: as unknown fields.
-            pos = skip_unknown(buffer, pos, limit, tag, depth + level, stack[2])
+            pos = skip_unknown(buffer, pos, limit, tag, depth + level, work)
             if pos < 0:
                 return pos
