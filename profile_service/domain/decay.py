@@ -44,7 +44,7 @@ def decompose(
         whole = time_ns[i] // half_life_ns
         rest = time_ns[i] - whole * half_life_ns
         grid[i] = whole
-        mantissa[i] = 2.0 ** (rest / half_life_ns)
+        mantissa[i] = np.exp2(rest / half_life_ns)
 
 
 def read_scale(landmark: int, read_ns: int, half_life_ns: int) -> float:

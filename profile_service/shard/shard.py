@@ -294,7 +294,7 @@ class Shard:
         self._check_epoch(epoch)
         self._check_features(features)
         for user_id in user_ids:
-            if not self._owned[xxhash.xxh64_intdigest(user_id) >> int(self._partition_shift)]:
+            if not self._owned[xxhash.xxh64_intdigest(user_id.encode()) >> int(self._partition_shift)]:
                 raise NotMine(f"shard {self.shard_id} does not own user {user_id!r}", self.epoch)
         now_ns = self._clock()
         return [self._table.profile(user_id, now_ns, features, self._population) for user_id in user_ids]
