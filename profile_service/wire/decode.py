@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from profile_service.config import Limits
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.hashing import xxh64
+from profile_service.domain.kernel import kernel
 from profile_service.errors import InvalidArgument
 from profile_service.wire.event import MALFORMED, VALID, check_event, event_time_ns, explain_event, parse_event
 from profile_service.wire.frame import COUNT, as_buffer, check_frame, next_event
@@ -39,10 +39,12 @@ def decode_events(
 ) -> EventColumns:
     """Decodes an IngestEventsRequest that holds only events. An event without a time gets `arrival_time_ns`.
 
-    `columns` of a call before are filled again, and returned, where they are large enough. With `limits` an event must obey
-    them, and may not be further ahead of its arrival than they allow; without, any size and any time goes, as in a replay.
+    `columns` of a call before are filled again, and returned, where they are large enough. With `limits` an event must
+    obey them, and may not be further ahead of its arrival than they allow; without, any size and any time goes, as in
+    a replay.
 
-    Raises InvalidArgument where the bytes are not events alone, or an event is not valid; `columns` are then worth nothing.
+    Raises InvalidArgument where the bytes are not events alone, or an event is not valid; `columns` are then worth
+    nothing.
     """
     buffer = as_buffer(events)
     count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
@@ -103,7 +105,7 @@ def _fitting(columns: EventColumns | None, plan: WirePlan, buffer: NDArray[np.ui
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode(
     buffer: NDArray[np.uint8],
     types: NDArray[np.uint64],
@@ -124,8 +126,9 @@ def _decode(
     number: NDArray[np.float64],
     explained: NDArray[np.int64],
 ) -> int:
-    """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not valid, which
-    is then explained."""
+    """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not
+    valid, which is then explained.
+    """
     work = make_work(limits, text_length.shape[0] + number.shape[0])
     text_length[:, :count] = -1
     number[:, :count] = np.nan
@@ -156,7 +159,7 @@ def _decode(
     return count
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _event_id_hash(buffer: NDArray[np.uint8], offset: int, length: int, user: np.uint64) -> np.uint64:
     """)
     def _check_frameH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""

@@ -1,21 +1,21 @@
-"""One Event, as kernels: `parse_event` reads its bytes, `check_event` judges what was read. Scanner and decoder share both, so
-that they never disagree about an event.
+"""One Event, as kernels: `parse_event` reads its bytes, `check_event` judges what was read. Scanner and decoder share
+both, so that they never disagree about an event.
 
-What an event says goes to `work` (see `wire.work`) and, for declared attributes, to one column of three arrays: `text_offset`
-and `text_length` (text attributes, columns), `number` (number attributes, columns). The caller has set `text_length` to -1 and
-`number` to NaN, or does not look at them.
+What an event says goes to `work` (see `wire.work`) and, for declared attributes, to one column of three arrays:
+`text_offset` and `text_length` (text attributes, columns), `number` (number attributes, columns). The caller has set
+`text_length` to -1 and `number` to NaN, or does not look at them.
 
-As in protobuf, the last of a scalar wins, Timestamps and Structs sent in pieces are merged, and the last of the attributes
-of one name wins. Limits are on what was sent: an attribute sent twice counts twice, and each time has to obey them.
+As in protobuf, the last of a scalar wins, Timestamps and Structs sent in pieces are merged, and the last of the
+attributes of one name wins. Limits are on what was sent: an attribute sent twice counts twice, and each time has to
+obey them.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from profile_service.domain.hashing import load_f64
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, load_f64, to_i64
 from profile_service.wire.plan import find_name
 from profile_service.wire.protobuf import is_utf8, read_length, read_tag, read_varint, skip_unknown, utf8_fault
 from profile_service.wire.value import KIND_NULL, KIND_NUMBER, KIND_TEXT, read_value
@@ -81,7 +81,7 @@ EVENT_DEPTH = 1
 """An event is judged as part of its request: it is one level below the outermost message."""
 
 
-@njit(cache=True, nogil=True, _nrt=False, forceinline=True)
+@inlined_kernel
 def parse_event(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -136,7 +136,7 @@ def parse_event(
     return pos
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def check_event(work: NDArray[np.int64]) -> int:
     """Status of an event that parsed: the first thing that is wrong with it, in the order of its fields."""
     if work[USER_LENGTH] == 0 or work[USER_LENGTH] > work[LIMIT_USER_ID]:
@@ -157,19 +157,19 @@ def check_event(work: NDArray[np.int64]) -> int:
     if work[ATTRIBUTES] > work[LIMIT_ATTRIBUTES]:
         return TOO_MANY_ATTRIBUTES
     if work[LARGE_STATUS] != 0:
-        return work[LARGE_STATUS]
+        return to_i64(work[LARGE_STATUS])
     if work[WRONG] > 0:
         return WRONG_TYPE
     return VALID
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def event_time_ns(work: NDArray[np.int64]) -> int:
     """Event time in nanoseconds since 1970, of an event whose time is neither bad nor far."""
-    return work[SECONDS] * 1_000_000_000 + work[NANOS]
+    return to_i64(work[SECONDS] * 1_000_000_000 + work[NANOS])
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def explain_event(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -197,7 +197,7 @@ def explain_event(
             break
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _parse_time(buffer: NDArray[np.uint8], pos: int, end: int, work: NDArray[np.int64]) -> int:
     """Merges the Timestamp message in [pos, end) into the event's time."""
     work[HAS_TIME] = 1
@@ -208,10 +208,10 @@ def _parse_time(buffer: NDArray[np.uint8], pos: int, end: int, work: NDArray[np.
         if tag == 0x08 or tag == 0x10:
             value, pos = read_varint(buffer, pos, end)
             if tag == 0x08:
-                work[SECONDS] = np.int64(value)
+                work[SECONDS] = to_i64(value)
             else:
                 # An int32 is the low half of what was sent.
-                work[NANOS] = np.int64(np.int32(value & np.uint64(0xFFFFFFFF)))
+                work[NANOS] = to_i64(np.int32(value & np.uint64(0xFFFFFFFF)))
         else:
             pos = skip_unknown(buffer, pos, end, tag, EVENT_DEPTH + 1, work)
         if pos < 0:
@@ -219,7 +219,7 @@ def _parse_time(buffer: NDArray[np.uint8], pos: int, end: int, work: NDArray[np.
     return pos
 
 
-@njit(cache=True, nogil=True, _nrt=False, forceinline=True)
+@inlined_kernel
 def _parse_attributes(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -263,7 +263,7 @@ def _parse_attributes(
     return pos
 
 
-@njit(cache=True, nogil=True, _nrt=False, forceinline=True)
+@inlined_kernel
 def _parse_attribute(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -313,7 +313,7 @@ def _parse_attribute(
     return pos, attribute
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _count_wrong(attribute: int, kind: int, wanted: int, work: NDArray[np.int64]) -> None:
     """Keeps count of declared attributes whose last value is of the wrong type."""
     last = work[LAST + attribute]
@@ -324,6 +324,6 @@ def _count_wrong(attribute: int, kind: int, wanted: int, work: NDArray[np.int64]
     work[LAST + attribute] = work[SERIAL] << 3 | kind
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _is_wrong(kind: int, wanted: int) -> bool:
     return kind != wanted and kind != KIND_NULL

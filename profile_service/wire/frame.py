@@ -8,9 +8,9 @@ StreamEventsRequest (name: producer_id, sequence) and IngestEventsRequest (name:
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from profile_service.domain.kernel import kernel, leaf_kernel, to_i64
 from profile_service.errors import InvalidArgument
 from profile_service.wire.protobuf import (
     fault,
@@ -44,7 +44,8 @@ def as_buffer(message: bytes | bytearray | memoryview) -> NDArray[np.uint8]:
 
 
 def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDArray[np.int64]:
-    """Checks the framing of the whole message; returns the `frame` slots. Stops counting when it has seen `most` + 1 events.
+    """Checks the framing of the whole message; returns the `frame` slots. Stops counting when it has seen `most` + 1
+    events.
 
     With `events_only` anything but events is damage. Raises InvalidArgument naming the byte offset of the damage.
     """
@@ -57,10 +58,11 @@ def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDAr
     return frame
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> tuple[int, int, int]:
-    """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message whose framing is known to be
-    whole and to have one more."""
+    """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message whose framing is
+    known to be whole and to have one more.
+    """
     while True:
         start = pos
         tag, pos = read_tag(buffer, pos, buffer.size)
@@ -74,7 +76,7 @@ def next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> 
             return start, pos, pos
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame: NDArray[np.int64]) -> int:
     work = np.zeros(LAST, np.int64)
     pos = 0
@@ -107,7 +109,7 @@ def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame:
             value, pos = read_varint(buffer, pos, end)
             if pos < 0:
                 return pos
-            frame[SEQUENCE] = np.int64(value)
+            frame[SEQUENCE] = to_i64(value)
         else:
             pos = skip_unknown(buffer, pos, end, tag, 0, work)
             if pos < 0:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from profile_service.domain.kernel import copy_bytes, kernel, to_i64
 
 
 def gather(
     buffer: NDArray[np.uint8], offset: NDArray[np.int64], length: NDArray[np.int32], selection: NDArray[np.int64]
 ) -> bytes:
-    """The selected extents one after the other: an encoded IngestEventsRequest that holds just these events, in this order.
+    """The selected extents one after the other: an encoded IngestEventsRequest that holds just these events, in this
+    order.
 
     Raises IndexError where the selection or an extent is out of bounds.
     """
@@ -33,7 +31,8 @@ def split_by_owner(
     partition_bits: int,
     owners: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indexes of the valid events by owner, each owner's in their order: owner `k`'s are `order[start[k] : start[k + 1]]`.
+    """Indexes of the valid events by owner, each owner's in their order: owner `k`'s are `order[start[k] : start[k +
+    1]]`.
 
     `owner_of_partition` has 2**partition_bits entries in [0, owners). Raises ValueError where it has not.
     """
@@ -46,7 +45,7 @@ def split_by_owner(
     return order[: start[owners]], start
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gathered_size(
     buffer: NDArray[np.uint8], offset: NDArray[np.int64], length: NDArray[np.int32], selection: NDArray[np.int64]
 ) -> int:
@@ -62,7 +61,7 @@ def _gathered_size(
     return size
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather(
     buffer: NDArray[np.uint8],
     offset: NDArray[np.int64],
@@ -80,11 +79,11 @@ def _gather(
         while i < selection.size and offset[selection[i]] == end:
             end += length[selection[i]]
             i += 1
-        _copy(joined, pos, buffer, begin, end - begin)
+        copy_bytes(joined, pos, buffer, begin, end - begin)
         pos += end - begin
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _split_by_owner(
     user_hash: NDArray[np.uint64],
     status: NDArray[np.uint8],
@@ -103,33 +102,13 @@ def _split_by_owner(
     mask = np.uint64((1 << partition_bits) - 1)
     for i in range(user_hash.size):
         if status[i] == 0:
-            start[owner_of_partition[np.int64((user_hash[i] >> shift) & mask)] + 1] += 1
+            start[owner_of_partition[to_i64((user_hash[i] >> shift) & mask)] + 1] += 1
     for owner in range(owners):
         start[owner + 1] += start[owner]
     place = start.copy()
     for i in range(user_hash.size):
         if status[i] == 0:
-            owner = owner_of_partition[np.int64((user_hash[i] >> shift) & mask)]
+            owner = owner_of_partition[to_i64((user_hash[i] >> shift) & mask)]
             order[place[owner]] = i
             place[owner] += 1
     return True
-
-
-@intrinsic
-def _copy(typingctx: Any, target: Any, target_offset: Any, source: Any, source_offset: Any, size: Any) -> Any:
-    """memcpy between contiguous u1 arrays; the caller has made sure of the bounds. A slice assignment costs several times more."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def address(position: int) -> Any:
-            array = context.make_array(signature.args[position])(context, builder, args[position])
-            return cgutils.pointer_add(builder, array.data, args[position + 1])
-
-        cgutils.raw_memcpy(builder, address(0), address(2), args[4], 1)
-        return context.get_dummy_value()
-
-    if not all(
-        isinstance(array, types.Array) and array.dtype == types.uint8 and array.ndim == 1 and array.layout == "C"
-        for array in (target, source)
-    ):
-        return None
-    return types.void(target, types.int64, source, types.int64, types.int64), codegen

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from profile_service.domain.hashing import load_u8, load_u64
+from profile_service.domain.kernel import leaf_kernel, load_u8, load_u64, to_i64
 
 MAX_TYPES = 32_767
 """Type indexes are i2."""
@@ -28,7 +27,9 @@ _MIX_LAST = np.uint64(0xD6E8FEB86659FD93)
 
 @dataclass(frozen=True)
 class WirePlan:
-    """Event types and attributes by name. Attributes are numbered texts first: attribute `text_count + i` is number attribute `i`."""
+    """Event types and attributes by name. Attributes are numbered texts first: attribute `text_count + i` is number
+    attribute `i`.
+    """
 
     event_types: tuple[str, ...]
     text_attributes: tuple[str, ...]
@@ -80,7 +81,7 @@ class WirePlan:
         return self.text_attributes[index] if index < texts else self.number_attributes[index - texts]
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def find_name(
     table: NDArray[np.uint64], names: NDArray[np.uint8], buffer: NDArray[np.uint8], offset: int, length: int
 ) -> int:
@@ -95,9 +96,9 @@ def find_name(
         entry = table[row, 2]
         if entry == np.uint64(0):
             return -1
-        same = table[row, 0] == first and table[row, 1] == last and np.int64(entry >> np.uint64(32)) == length
-        if same and (length <= 16 or _same_bytes(names, np.int64(table[row, 3]), buffer, offset, length)):
-            return np.int64(entry & np.uint64(0xFFFFFFFF)) - 1
+        same = table[row, 0] == first and table[row, 1] == last and to_i64(entry >> np.uint64(32)) == length
+        if same and (length <= 16 or _same_bytes(names, to_i64(table[row, 3]), buffer, offset, length)):
+            return to_i64(entry & np.uint64(0xFFFFFFFF)) - 1
         row = (row + 1) & mask
 
 
@@ -113,7 +114,7 @@ def _build_table(encoded: list[bytes], start: int, names: NDArray[np.uint8]) -> 
     return table
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _insert_name(table: NDArray[np.uint64], names: NDArray[np.uint8], offset: int, length: int, index: int) -> None:
     first = _first_bytes(names, offset, length)
     last = load_u64(names, offset + length - 8) if length > 8 else np.uint64(0)
@@ -127,14 +128,14 @@ def _insert_name(table: NDArray[np.uint64], names: NDArray[np.uint8], offset: in
     table[row, 3] = np.uint64(offset)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _home_row(first: np.uint64, last: np.uint64, length: int, mask: int) -> int:
     """The row where the search begins. The product's upper half is the well-mixed one."""
     mixed = (first + np.uint64(length)) * _MIX_FIRST ^ last * _MIX_LAST
-    return np.int64(mixed >> np.uint64(40)) & mask
+    return to_i64(mixed >> np.uint64(40)) & mask
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _first_bytes(buffer: NDArray[np.uint8], offset: int, length: int) -> np.uint64:
     """Up to 8 bytes from `offset`, zero-padded; reads beyond the slice only where the buffer goes on."""
     if length >= 8:
@@ -147,10 +148,12 @@ def _first_bytes(buffer: NDArray[np.uint8], offset: int, length: int) -> np.uint
     return value
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _same_bytes(a: NDArray[np.uint8], a_offset: int, b: NDArray[np.uint8], b_offset: int, length: int) -> bool:
-    for i in range(0, length - 7, 8):
-        if load_u64(a, a_offset + i) != load_u64(b, b_offset + i):
+    done = 0
+    while done + 8 <= length:
+        if load_u64(a, a_offset + done) != load_u64(b, b_offset + done):
             return False
-    # The last 8 bytes, which may overlap those compared already, were compared by the caller.
+        done += 8
+    # The last 8 bytes, which may overlap those compared here, were compared by the caller.
     return True

@@ -1,25 +1,24 @@
-"""The protobuf encoding, as kernels: tags, varints, lengths, UTF-8, unknown fields. What parses here is what upb (protobuf's own
-parser) takes, no more and no less.
+"""The protobuf encoding, as kernels: tags, varints, lengths, UTF-8, unknown fields. What parses here is what upb
+(protobuf's own parser) takes, no more and no less.
 
     message  = field*
-    field    = tag payload            tag = field number << 3 | wire type, at most 5 bytes and 32 bits, number 0 is invalid
-    wire type 0  varint               at most 10 bytes; bits beyond 64 are dropped
+    field    = tag payload            tag = field number << 3 | wire type, at most 5 bytes and 32 bits, number 0 is
+    invalid wire type 0  varint               at most 10 bytes; bits beyond 64 are dropped
               1  8 bytes
               2  length, bytes        length is a varint of at most 10 bytes, below 2**31
               3  group                fields up to a tag of wire type 4 with the same number
               5  4 bytes
 
-Every kernel takes the position to read at and the end that it must not pass, and returns the position after what it read.
-A negative position is a fault and tells where: see `fault`, `utf8_fault` and `fault_offset`.
+Every kernel takes the position to read at and the end that it must not pass, and returns the position after what it
+read. A negative position is a fault and tells where: see `fault`, `utf8_fault` and `fault_offset`.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from profile_service.domain.hashing import load_u8, load_u64
+from profile_service.domain.kernel import leaf_kernel, load_u8, load_u64, to_i64
 from profile_service.wire.work import GROUPS_STACK
 
 MAX_DEPTH = 100
@@ -41,19 +40,19 @@ def fault_offset(position: int) -> tuple[int, bool]:
     return code >> 1, bool(code & 1)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def fault(pos: int) -> int:
     """The bytes at `pos` are not protobuf."""
     return -1 - 2 * pos
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def utf8_fault(pos: int) -> int:
     """The text that starts at `pos` is not UTF-8."""
     return -2 - 2 * pos
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def read_varint(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[np.uint64, int]:
     """Value modulo 2**64, position after it."""
     start = pos
@@ -69,7 +68,7 @@ def read_varint(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[np.uint6
     return np.uint64(0), fault(start)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def read_tag(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
     """Tag (field number << 3 | wire type), position after it."""
     start = pos
@@ -77,8 +76,8 @@ def read_tag(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
         first = load_u8(buffer, pos)
         if 8 <= first < 0x80:
             return first, pos + 1
-    tag = np.int64(0)
-    shift = np.int64(0)
+    tag = to_i64(0)
+    shift = to_i64(0)
     while pos < end and pos - start < 5:
         byte = load_u8(buffer, pos)
         pos += 1
@@ -88,10 +87,10 @@ def read_tag(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
                 break
             return tag, pos
         shift += 7
-    return np.int64(0), fault(start)
+    return to_i64(0), fault(start)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def read_length(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int]:
     """Length of a payload that lies wholly before `end`, position of its first byte."""
     if pos < end:
@@ -99,16 +98,16 @@ def read_length(buffer: NDArray[np.uint8], pos: int, end: int) -> tuple[int, int
         if first < 0x80:
             if first <= end - pos - 1:
                 return first, pos + 1
-            return np.int64(0), fault(pos)
+            return to_i64(0), fault(pos)
     value, after = read_varint(buffer, pos, end)
     if after < 0:
-        return np.int64(0), after
+        return to_i64(0), after
     if value > np.uint64(end - after):
-        return np.int64(0), fault(pos)
-    return np.int64(value), after
+        return to_i64(0), fault(pos)
+    return to_i64(value), after
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def skip_unknown(buffer: NDArray[np.uint8], pos: int, end: int, tag: int, depth: int, work: NDArray[np.int64]) -> int:
     """Position after the payload of a field that the message, at `depth`, does not know; `work` lends a stack."""
     if tag & 7 == WIRE_GROUP_START:
@@ -116,7 +115,7 @@ def skip_unknown(buffer: NDArray[np.uint8], pos: int, end: int, tag: int, depth:
     return _skip_plain(buffer, pos, end, tag & 7)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
     """Whether the slice is UTF-8 as proto3 has it: shortest forms, no surrogates, nothing above U+10FFFF."""
     end = pos + length
@@ -166,7 +165,7 @@ def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
     return True
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int:
     """Position after the payload of anything but a group; the end of a group that was never begun is a fault."""
     if wire == WIRE_VARINT:
@@ -182,7 +181,7 @@ def _skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int
     return fault(pos)
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _skip_group(buffer: NDArray[np.uint8], pos: int, end: int, number: int, depth: int, work: NDArray[np.int64]) -> int:
     """Position after the end tag of group `number`, which is at `depth` and whose start tag ends at `pos`."""
     if depth > MAX_DEPTH:

@@ -1,5 +1,5 @@
-"""A producer's batch, looked through once: which events are valid, whose they are, where they lie. Nothing is copied, and no
-Python object is made for an event, unless it is refused.
+"""A producer's batch, looked through once: which events are valid, whose they are, where they lie. Nothing is copied,
+and no Python object is made for an event, unless it is refused.
 
 Damage inside an event refuses that event alone; damage to what holds the events together refuses the batch.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from profile_service.config import Limits
 from profile_service.domain.hashing import xxh64
+from profile_service.domain.kernel import kernel
 from profile_service.errors import InvalidArgument
 from profile_service.wire.event import MALFORMED, VALID, check_event, explain_event, parse_event
 from profile_service.wire.frame import COUNT, NAME_LENGTH, NAME_OFFSET, SEQUENCE, as_buffer, check_frame, next_event
@@ -34,8 +34,7 @@ class ScannedBatch:
     length: NDArray[np.int32]
     """Bytes from there to the event's end: tag, length and event."""
     user_hash: NDArray[np.uint64]
-    """)
-def _check_frameH64 of the user id; 0 where the event is refused."""
+    """XXH64 of the user id; 0 where the event is refused."""
     status: NDArray[np.uint8]
     """0 where the event is valid, else why not: see `wire.reasons.reason_name`."""
     name: str
@@ -55,7 +54,9 @@ def _check_frameH64 of the user id; 0 where the event is refused."""
         return self.rejected_count == 0
 
     def rejected(self) -> list[tuple[int, str, str]]:
-        """(index, field, reason) of each refused event, by index; field is a path within the event such as `attributes.price`."""
+        """(index, field, reason) of each refused event, by index; field is a path within the event such as
+        `attributes.price`.
+        """
         if self.all_valid:
             return []
         index = np.flatnonzero(self.status)
@@ -126,7 +127,7 @@ def scan_batch(message: bytes | bytearray | memoryview, plan: WirePlan, limits: 
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _scan(
     buffer: NDArray[np.uint8],
     types: NDArray[np.uint64],
@@ -166,7 +167,7 @@ def _scan(
     return ignored, rejected
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _explain(
     buffer: NDArray[np.uint8],
     types: NDArray[np.uint64],

@@ -1,19 +1,20 @@
-"""google.protobuf.Value inside an attribute, as kernels: what it holds, and whether everything nested in it is well-formed.
+"""google.protobuf.Value inside an attribute, as kernels: what it holds, and whether everything nested in it is
+well-formed.
 
     Struct      1 fields: map<string, Value> = repeated entry        ListValue   1 values: repeated Value
     entry       1 key, 2 value
     Value       oneof: 1 null_value, 2 number_value, 3 string_value, 4 bool_value, 5 struct_value, 6 list_value
 
-A structure inside an attribute is checked and never read: no feature uses one. The check walks it with an explicit stack.
+A structure inside an attribute is checked and never read: no feature uses one. The check walks it with an explicit
+stack.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from profile_service.domain.hashing import load_f64
+from profile_service.domain.kernel import leaf_kernel, load_f64
 from profile_service.wire.protobuf import (
     MAX_DEPTH,
     fault,
@@ -45,7 +46,7 @@ _VALUE = 2
 _LIST = 3
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def read_value(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -102,7 +103,7 @@ def read_value(
     return pos
 
 
-@njit(cache=True, nogil=True, _nrt=False)
+@leaf_kernel
 def _check_nested(buffer: NDArray[np.uint8], pos: int, end: int, kind: int, depth: int, work: NDArray[np.int64]) -> int:
     """Whether the message of `kind` in [pos, end), at `depth`, is well-formed all the way down: `end` or a fault."""
     if depth > MAX_DEPTH:

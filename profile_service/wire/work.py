@@ -5,18 +5,17 @@
     [STACKS, LAST)     three explicit stacks
     [LAST, …)          for each declared attribute: serial of the last event that had it << 3 | kind of its last value
 
-It is one array, and the kernels that take it are compiled without numba's runtime (`_nrt=False`), because numba counts references
-to arrays, atomically, where they are taken out of a tuple and in functions that return from many places: that alone cost ten
-times what the parsing costs. A kernel without the runtime borrows its arrays and can make none.
+It is one array and not a tuple of a dozen, because numba counts references, atomically, to each array taken out of a
+tuple: that cost more than all the parsing (see also `domain.kernel.leaf_kernel`).
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from profile_service.config import Limits
+from profile_service.domain.kernel import kernel
 
 # Of an event. An offset points into the buffer; a length is in bytes.
 USER_OFFSET = 0
@@ -57,8 +56,9 @@ POSITION = 23
 BEGIN = 24
 WRONG_ATTRIBUTE = 25
 WRONG_KIND = 26
-"""What `explain_event` adds: the status; where a malformed event stopped to parse (see `protobuf.fault_offset`); where the event
-begins; the first declared attribute of the wrong type and the kind of its value."""
+"""What `explain_event` adds: the status; where a malformed event stopped to parse (see `protobuf.fault_offset`); where
+the event begins; the first declared attribute of the wrong type and the kind of its value.
+"""
 EVENT_SLOTS = 27
 
 LIMITS = 27
@@ -99,7 +99,7 @@ def limit_slots(limits: Limits | None, now_ns: int) -> NDArray[np.int64]:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def make_work(limits: NDArray[np.int64], declared: int) -> NDArray[np.int64]:
     """The array, for a plan of `declared` attributes."""
     work = np.zeros(LAST + declared, np.int64)

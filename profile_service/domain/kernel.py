@@ -1,0 +1,120 @@
+"""How kernels are compiled, and how they read bytes.
+
+Numba keeps what it compiled beside the module, so that only the first process compiles. It looks at the date of the
+kernel's own module alone: after a change to a kernel that others call, their `__pycache__/*.nbi` have to go.
+
+The loads are unaligned reads of several bytes at once. They check nothing: the caller has made sure of the bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numba.extending
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numpy.typing import NDArray
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+to_i64: Callable[[Any], int] = cast(Any, np.int64)
+"""Conversion to i8 inside a kernel, where `int` would leave u8 as it is."""
+
+_njit = cast(Any, numba.njit)
+_raw_memcpy = cast(Any, cgutils.raw_memcpy)
+_pointer_add = cast(Any, cgutils.pointer_add)
+_intrinsic = cast(Any, numba.extending.intrinsic)
+
+
+def kernel(function: F) -> F:
+    """Compiles a function of numbers and arrays; it runs without the interpreter's lock."""
+    return cast(F, _njit(cache=True, nogil=True)(function))
+
+
+def leaf_kernel(function: F) -> F:
+    """A kernel without numba's runtime: it borrows its arrays and can make none.
+
+    Otherwise numba counts references to every array, atomically, in a function that returns from many places, which
+    costs a parser of short messages several times what the parsing costs.
+    """
+    return cast(F, _njit(cache=True, nogil=True, _nrt=False)(function))
+
+
+def inlined_kernel(function: F) -> F:
+    """A leaf kernel that is always put into its caller: for what runs once an event and has many arguments."""
+    return cast(F, _njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function))
+
+
+def _load_u64(typingctx: Any, buffer: Any, offset: Any) -> Any:
+    return _load(buffer, offset, types.uint64, types.uint64)
+
+
+def _load_u32(typingctx: Any, buffer: Any, offset: Any) -> Any:
+    return _load(buffer, offset, types.uint32, types.uint64)
+
+
+def _load_u8(typingctx: Any, buffer: Any, offset: Any) -> Any:
+    return _load(buffer, offset, types.uint8, types.int64)
+
+
+def _load_f64(typingctx: Any, buffer: Any, offset: Any) -> Any:
+    return _load(buffer, offset, types.float64, types.float64)
+
+
+load_u64: Callable[[NDArray[np.uint8], int], np.uint64] = _intrinsic(_load_u64)
+"""The 8 bytes at an offset of a contiguous u1 array, little-endian, as u8."""
+
+load_u32: Callable[[NDArray[np.uint8], int], np.uint64] = _intrinsic(_load_u32)
+"""The 4 bytes at an offset of a contiguous u1 array, little-endian, as u8."""
+
+load_u8: Callable[[NDArray[np.uint8], int], int] = _intrinsic(_load_u8)
+"""The byte at an offset of a contiguous u1 array, as i8: the offset is never taken from the end, as an index would be.
+"""
+
+load_f64: Callable[[NDArray[np.uint8], int], float] = _intrinsic(_load_f64)
+"""The 8 bytes at an offset of a contiguous u1 array, little-endian, as f8."""
+
+
+def _is_bytes(array: Any) -> bool:
+    return isinstance(array, types.Array) and array.dtype == types.uint8 and array.ndim == 1 and array.layout == "C"
+
+
+def _load(buffer: Any, offset: Any, loaded: Any, result: Any) -> Any:
+    """Typing and code of one load: an address without numba's wraparound of negative indexes, read with alignment 1."""
+    if not (_is_bytes(buffer) and isinstance(offset, types.Integer)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = context.cast(builder, args[1], signature.args[1], types.int64)
+        address = _address(context, builder, signature.args[0], args[0], index)
+        what = context.get_value_type(loaded)
+        value = builder.load(builder.bitcast(address, what.as_pointer()), align=1, typ=what)
+        return value if loaded.bitwidth == 64 else builder.zext(value, context.get_value_type(result))
+
+    return result(buffer, offset), codegen
+
+
+def _copy_bytes(typingctx: Any, target: Any, target_offset: Any, source: Any, source_offset: Any, size: Any) -> Any:
+    if not (_is_bytes(target) and _is_bytes(source)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to = _address(context, builder, signature.args[0], args[0], args[1])
+        origin = _address(context, builder, signature.args[2], args[2], args[3])
+        _raw_memcpy(builder, to, origin, args[4], 1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, source, types.int64, types.int64), codegen
+
+
+copy_bytes: Callable[[NDArray[np.uint8], int, NDArray[np.uint8], int, int], None] = _intrinsic(_copy_bytes)
+"""memcpy between contiguous u1 arrays: target, offset, source, offset, size. An assignment of slices costs several
+times more.
+"""
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
+    return _pointer_add(builder, context.make_array(array_type)(context, builder, array).data, offset)
