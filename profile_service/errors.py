@@ -6,6 +6,7 @@
     ├── ResourceExhausted      a bounded queue is full: try again after `retry_after_s`
     ├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
     │   └── NotMine            routed by a stale topology: refresh it, then try again
+    ├── Superseded             a newer stream of the same producer has taken over from this one
     ├── DeadlineExceeded       the caller's deadline passed before the answer was ready
     ├── Unimplemented          named in the contract, not served by this version
     ├── DataLoss               stored bytes are not what was written
@@ -66,6 +67,10 @@ class NotMine(Unavailable):
     def __init__(self, message: str, epoch: int) -> None:
         super().__init__(message, retry_after_s=0.05)
         self.epoch = epoch
+
+
+class Superseded(ProfileServiceError):
+    """A newer stream of the same producer has taken over."""
 
 
 class DeadlineExceeded(ProfileServiceError):

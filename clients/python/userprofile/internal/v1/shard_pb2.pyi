@@ -379,6 +379,7 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     CPU_SECONDS_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
+    SYNC_MODE_FIELD_NUMBER: builtins.int
     state: builtins.str
     """"serving" or "recovering"."""
     epoch: builtins.int
@@ -403,6 +404,8 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     """CPU time of its process in seconds."""
     pid: builtins.int
     """Process id."""
+    sync_mode: builtins.str
+    """How its log is made durable: "always", "interval", "never", or "memory"."""
     def __init__(
         self,
         *,
@@ -418,7 +421,8 @@ class GetShardStatusResponse(google.protobuf.message.Message):
         resident_bytes: builtins.int = ...,
         cpu_seconds: builtins.float = ...,
         pid: builtins.int = ...,
+        sync_mode: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "epoch", b"epoch", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_position", b"log_position", "pid", b"pid", "queued_bytes", b"queued_bytes", "resident_bytes", b"resident_bytes", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "epoch", b"epoch", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_position", b"log_position", "pid", b"pid", "queued_bytes", b"queued_bytes", "resident_bytes", b"resident_bytes", "state", b"state", "state_bytes", b"state_bytes", "sync_mode", b"sync_mode", "user_count", b"user_count"]) -> None: ...
 
 global___GetShardStatusResponse = GetShardStatusResponse

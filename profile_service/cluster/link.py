@@ -1,0 +1,110 @@
+"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and two plain calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from grpc import aio
+
+from profile_service.cluster.apply_stream import ApplyStream
+from profile_service.cluster.read_stream import ReadStream
+from profile_service.cluster.topology import ShardLocation
+from profile_service.config import MIB, Capacity, Limits
+from userprofile.internal.v1 import shard_pb2
+
+SERVICE = "/userprofile.internal.v1.ShardService"
+READ_RESPONSE_BYTES = 256 * MIB
+"""Largest answer of a shard: a thousand large profiles."""
+
+KEEPALIVE_S = 5.0
+"""A peer that does not answer a ping for so long is taken for lost."""
+
+
+def internal_message_bytes(limits: Limits) -> int:
+    """Largest request to a shard: the largest batch, all for one owner, and what goes around it."""
+    return limits.message_bytes + MIB
+
+
+class ShardLink:
+    """Everything that goes from here to one shard.
+
+    Args:
+        lost: awaited when a stream was lost or refused, before it is opened again.
+        epoch: gives the epoch of the current topology.
+    """
+
+    def __init__(
+        self,
+        location: ShardLocation,
+        limits: Limits,
+        capacity: Capacity,
+        lost: Callable[[], Awaitable[None]],
+        epoch: Callable[[], int],
+    ) -> None:
+        self.location = location
+        self._limits = limits
+        self._channel = self._open_channel()
+        shard_id = location.shard_id
+        self.applies = ApplyStream(shard_id, lambda: self._channel, lost, capacity.owner_window_bytes, epoch)
+        self.reads = ReadStream(shard_id, lambda: self._channel, lost, epoch)
+
+    @property
+    def connected(self) -> bool:
+        """Whether both streams are open."""
+        return self.applies.connected and self.reads.connected
+
+    def start(self) -> None:
+        """Begins to connect."""
+        self.applies.start()
+        self.reads.start()
+
+    async def close(self) -> None:
+        """Ends both streams at once."""
+        await asyncio.gather(self.applies.close(), self.reads.close())
+        await self._channel.close()
+
+    async def move(self, location: ShardLocation) -> None:
+        """The shard is at another address now: calls end there and are opened here."""
+        if location.address != self.location.address:
+            before, self.location = self._channel, location
+            self._channel = self._open_channel()
+            await before.close()
+        self.location = location
+
+    async def acknowledged(self, producer_id: str, timeout_s: float) -> int:
+        """The highest sequence up to which the shard knows the producer to be acknowledged. Raises AioRpcError."""
+        call = self._channel.unary_unary(
+            f"{SERVICE}/GetProducer",
+            request_serializer=shard_pb2.GetProducerRequest.SerializeToString,
+            response_deserializer=shard_pb2.GetProducerResponse.FromString,
+        )
+        answer = await call(shard_pb2.GetProducerRequest(producer_id=producer_id), timeout=timeout_s)
+        return answer.acknowledged_sequence
+
+    async def status(self, timeout_s: float) -> shard_pb2.GetShardStatusResponse:
+        """How the shard does. Raises AioRpcError."""
+        call = self._channel.unary_unary(
+            f"{SERVICE}/GetShardStatus",
+            request_serializer=shard_pb2.GetShardStatusRequest.SerializeToString,
+            response_deserializer=shard_pb2.GetShardStatusResponse.FromString,
+        )
+        return await call(shard_pb2.GetShardStatusRequest(), timeout=timeout_s)
+
+    def _open_channel(self) -> aio.Channel:
+        return aio.insecure_channel(
+            # An address that is not known yet refuses connections, as a shard that starts does.
+            self.location.address or "127.0.0.1:0",
+            options=[
+                ("grpc.max_send_message_length", internal_message_bytes(self._limits)),
+                ("grpc.max_receive_message_length", READ_RESPONSE_BYTES),
+                ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+                ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
+                ("grpc.http2.max_pings_without_data", 0),
+                ("grpc.initial_reconnect_backoff_ms", 50),
+                ("grpc.min_reconnect_backoff_ms", 50),
+                ("grpc.max_reconnect_backoff_ms", 500),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.enable_http_proxy", 0),
+            ],
+        )

@@ -1,0 +1,338 @@
+"""Finds the owners of users and brings batches and questions to them.
+
+    batch ─▶ split by owner (kernel) ─▶ a part to each owner's ApplyStream ─▶ done when every owner has applied its part
+    read  ─▶ split by owner ─▶ a question to each owner's ReadStream ─▶ joined in the order asked for
+
+The topology is cached; it is asked for anew when an owner says "not mine" or is lost. When partitions change owners, every
+stream is paused until what it has sent is answered; then all that waits is split anew, in the old order, and goes on. So the parts of
+a lane keep their order through a change, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.cluster.apply_stream import parts_in_order
+from profile_service.cluster.batches import Batch, Lane, Part
+from profile_service.cluster.link import ShardLink
+from profile_service.cluster.partitioning import partition_of, user_hash
+from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.config import Capacity, Limits
+from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, Unavailable
+from profile_service.wire.gather import gather, split_by_owner
+from profile_service.wire.scan import ScannedBatch
+from userprofile.internal.v1 import shard_pb2
+
+PATIENCE_S = 10.0
+"""How long a call without a deadline looks for its owners."""
+
+FIRST_RETRY_S = 0.02
+LAST_RETRY_S = 0.5
+CONTROL_TIMEOUT_S = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class Router:
+    """The way from one frontend to all shards. Lives in one event loop.
+
+    Args:
+        source: asks the coordinator for the topology.
+        scan: scans an encoded batch again as of a time in nanoseconds, when its users have new owners.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Awaitable[Topology]],
+        scan: Callable[[bytes, int], ScannedBatch],
+        limits: Limits,
+        capacity: Capacity,
+    ) -> None:
+        self._source = source
+        self._scan = scan
+        self._limits = limits
+        self._capacity = capacity
+        self._topology: Topology | None = None
+        self._links: dict[int, ShardLink] = {}
+        self._by_position: list[ShardLink] = []
+        self._owners: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
+        self._refreshing: asyncio.Task[None] | None = None
+        self._stable = asyncio.Event()
+        self._last_serial = 0
+
+    @property
+    def topology(self) -> Topology:
+        """The topology by which it routes just now."""
+        if self._topology is None:
+            raise Unavailable("the topology is not known yet", retry_after_s=1.0)
+        return self._topology
+
+    @property
+    def ready(self) -> bool:
+        """Whether every shard is connected."""
+        return bool(self._links) and all(link.connected for link in self._links.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """Event bytes that wait for an owner or its answer."""
+        return sum(link.applies.held_bytes for link in self._links.values())
+
+    async def start(self) -> None:
+        """Asks for the topology and begins to connect. Raises what the source raises."""
+        await self._install(await self._source())
+
+    async def close(self) -> None:
+        """Ends every stream; what still waits fails with Unavailable."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        for link in self._links.values():
+            await link.close()
+            link.applies.fail_all(Unavailable("the frontend shuts down", retry_after_s=1.0))
+
+    async def submit(
+        self, scanned: ScannedBatch, lane: Lane, sequence: int, acknowledged_sequence: int, arrival_time_ns: int
+    ) -> Batch:
+        """Queues the valid events of a batch at their owners, behind the lane's earlier batches; `batch.done` says when they are
+        durable and readable. A lane's batches are submitted one after the other.
+
+        Waits for space where the lane is patient.
+
+        Raises:
+            ResourceExhausted: an owner's window is full and the lane is not patient; nothing is queued.
+            ProfileServiceError: what the lane has failed with.
+        """
+        while True:
+            await self._stable.wait()
+            order, start = split_by_owner(
+                scanned.user_hash, scanned.status, self._owners, self.topology.partition_bits, len(self._links)
+            )
+            touched = [
+                (link, order[start[position] : start[position + 1]])
+                for position, link in enumerate(self._by_position)
+                if start[position + 1] > start[position]
+            ]
+            full = [link for link, _ in touched if link.applies.full]
+            if not full:
+                break
+            if not lane.patient:
+                raise ResourceExhausted(
+                    f"shard {full[0].location.shard_id} has {full[0].applies.held_bytes} bytes waiting",
+                    retry_after_s=0.1,
+                )
+            await full[0].applies.wait_for_space()
+        batch = lane.open_batch(len(touched))
+        for link, selection in touched:
+            part = shard_pb2.ApplyRequest.Part(
+                producer_id=lane.producer_id,
+                sequence=sequence,
+                acknowledged_sequence=acknowledged_sequence,
+                arrival_time_ns=arrival_time_ns,
+                events=gather(scanned.buffer, scanned.offset, scanned.length, selection),
+                event_count=len(selection),
+            )
+            self._put(link, batch, part)
+        return batch
+
+    async def ingest(
+        self, scanned: ScannedBatch, producer_id: str, sequence: int, arrival_time_ns: int, deadline_s: float | None
+    ) -> None:
+        """One batch by itself: returns when its valid events are durable and readable at all their owners.
+
+        Raises:
+            ResourceExhausted: an owner's queue is full; nothing is queued.
+            Unavailable: an owner was lost, and sending again might count the events twice; or it was away for PATIENCE_S.
+            DeadlineExceeded: no acknowledgement within `deadline_s`.
+        In the last two cases some of the events may be counted.
+        """
+        lane = Lane(producer_id, patient=False)
+        async with _patience(deadline_s, "the events may have been counted in part"):
+            batch = await self.submit(scanned, lane, sequence, 0, arrival_time_ns)
+            await batch.done
+
+    async def read(
+        self, user_ids: Sequence[str], features: Sequence[str], deadline_s: float | None = None
+    ) -> list[bytes]:
+        """Encoded profiles in the order of `user_ids`, empty for users never seen.
+
+        Raises:
+            DeadlineExceeded: no answer within `deadline_s`.
+            Unavailable: an owner could not be reached for PATIENCE_S.
+        """
+        profiles: list[bytes] = [b""] * len(user_ids)
+        missing = list(range(len(user_ids)))
+
+        async def attempt() -> ProfileServiceError | None:
+            asked = self._split_users(user_ids, missing)
+            answers = await asyncio.gather(
+                *(link.reads.ask([user_ids[i] for i in indexes], features) for link, indexes in asked),
+                return_exceptions=True,
+            )
+            failure: ProfileServiceError | None = None
+            missing.clear()
+            for (_, indexes), answer in zip(asked, answers, strict=True):
+                if isinstance(answer, Unavailable):
+                    missing.extend(indexes)
+                    failure = answer
+                elif isinstance(answer, BaseException):
+                    raise answer
+                else:
+                    for index, profile in zip(indexes, answer, strict=True):
+                        profiles[index] = profile
+            return failure
+
+        await self._until_answered(attempt, deadline_s)
+        return profiles
+
+    async def population(self, features: Sequence[str], deadline_s: float | None = None) -> bytes:
+        """All users as one encoded profile, from whichever shard answers. Raises as `read` does."""
+        found: list[bytes] = []
+        turn = 0
+
+        async def attempt() -> ProfileServiceError | None:
+            nonlocal turn
+            links = sorted(self._links.values(), key=lambda link: not link.connected)
+            turn += 1
+            try:
+                found[:] = await links[(turn - 1) % len(links)].reads.ask([], features, population=True)
+            except Unavailable as error:
+                return error
+            return None
+
+        await self._until_answered(attempt, deadline_s)
+        return found[0]
+
+    async def acknowledged(self, producer_id: str) -> int:
+        """The highest sequence up to which any reachable shard knows the producer to be acknowledged.
+
+        Raises Unavailable where none can be reached.
+        """
+        await self._stable.wait()
+        answers = await asyncio.gather(
+            *(link.acknowledged(producer_id, CONTROL_TIMEOUT_S) for link in self._links.values()),
+            return_exceptions=True,
+        )
+        known = [answer for answer in answers if isinstance(answer, int)]
+        if not known:
+            raise Unavailable("no shard can be reached", retry_after_s=1.0)
+        return max(known)
+
+    async def status(self) -> list[tuple[ShardLocation, shard_pb2.GetShardStatusResponse | None]]:
+        """How each shard does, by shard id; None where one cannot be reached."""
+        links = [self._links[shard_id] for shard_id in sorted(self._links)]
+        answers = await asyncio.gather(*(link.status(CONTROL_TIMEOUT_S) for link in links), return_exceptions=True)
+        return [
+            (link.location, None if isinstance(answer, BaseException) else answer)
+            for link, answer in zip(links, answers, strict=True)
+        ]
+
+    async def refresh(self) -> None:
+        """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one stays."""
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._refreshing)
+
+    async def _refresh(self) -> None:
+        try:
+            await self._install(await self._source())
+        except (
+            Exception
+        ) as error:  # The source is a remote call: whatever it raises, the topology in hand still serves.
+            logger.warning("the topology cannot be refreshed: %s", error)
+        finally:
+            self._refreshing = None
+
+    async def _install(self, topology: Topology) -> None:
+        before = self._topology
+        if before is not None and topology.epoch <= before.epoch:
+            return
+        if before is not None and topology.same_owners(before):
+            self._topology = topology
+            for location in topology.shards:
+                await self._links[location.shard_id].move(location)
+        else:
+            await self._change_owners(topology)
+        logger.info("routing by epoch %d: %d shards", topology.epoch, len(topology.shards))
+
+    async def _change_owners(self, topology: Topology) -> None:
+        self._stable.clear()
+        before = list(self._links.values())
+        await asyncio.gather(*(link.applies.pause() for link in before))
+        waiting = parts_in_order(link.applies for link in before)
+        self._topology = topology
+        links = {}
+        for location in topology.shards:
+            link = self._links.pop(location.shard_id, None)
+            if link is None:
+                link = ShardLink(location, self._limits, self._capacity, self.refresh, lambda: self.topology.epoch)
+                link.start()
+            await link.move(location)
+            links[location.shard_id] = link
+        leaving, self._links = list(self._links.values()), links
+        self._by_position = [links[location.shard_id] for location in topology.shards]
+        self._owners = topology.owner_table()
+        for part in waiting:
+            self._put_again(part)
+        for link in links.values():
+            link.applies.resume()
+        self._stable.set()
+        for link in leaving:
+            await link.close()
+
+    def _put(self, link: ShardLink, batch: Batch, part: shard_pb2.ApplyRequest.Part) -> None:
+        self._last_serial += 1
+        link.applies.put(Part(batch, self._last_serial, part.SerializeToString()))
+
+    def _put_again(self, waiting: Part) -> None:
+        """Splits a part by the owners of now."""
+        part = shard_pb2.ApplyRequest.Part.FromString(waiting.encoded)
+        scanned = self._scan(part.events, part.arrival_time_ns)
+        order, start = split_by_owner(
+            scanned.user_hash, scanned.status, self._owners, self.topology.partition_bits, len(self._links)
+        )
+        touched = [position for position in range(len(self._links)) if start[position + 1] > start[position]]
+        waiting.batch.split_further(len(touched))
+        for position in touched:
+            selection = order[start[position] : start[position + 1]]
+            part.events = gather(scanned.buffer, scanned.offset, scanned.length, selection)
+            part.event_count = len(selection)
+            self._put(self._by_position[position], waiting.batch, part)
+
+    def _split_users(self, user_ids: Sequence[str], indexes: Sequence[int]) -> list[tuple[ShardLink, list[int]]]:
+        by_owner: dict[int, list[int]] = {}
+        bits = self.topology.partition_bits
+        for index in indexes:
+            partition = partition_of(user_hash(user_ids[index]), bits)
+            by_owner.setdefault(int(self._owners[partition]), []).append(index)
+        return [(self._by_position[position], owned) for position, owned in by_owner.items()]
+
+    async def _until_answered(
+        self, attempt: Callable[[], Awaitable[ProfileServiceError | None]], deadline_s: float | None
+    ) -> None:
+        """Repeats an attempt, by a fresh topology each time, until it returns None."""
+        retry_s = FIRST_RETRY_S
+        async with _patience(deadline_s, "its owner cannot be reached"):
+            while True:
+                await self._stable.wait()
+                if await attempt() is None:
+                    return
+                await self.refresh()
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+
+@contextlib.asynccontextmanager
+async def _patience(deadline_s: float | None, outcome: str) -> AsyncIterator[None]:
+    """Ends what takes longer than the deadline, or than PATIENCE_S where there is none."""
+    try:
+        async with asyncio.timeout(PATIENCE_S if deadline_s is None else deadline_s):
+            yield
+    except TimeoutError:
+        if deadline_s is None:
+            raise Unavailable(f"no answer within {PATIENCE_S:g} s; {outcome}", retry_after_s=1.0) from None
+        raise DeadlineExceeded(f"no answer within {deadline_s:g} s; {outcome}") from None

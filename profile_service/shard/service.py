@@ -1,0 +1,301 @@
+"""The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it.
+
+A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait. Requests are
+submitted without waiting for the one before, answers go out as they come, as many as are ready in one message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import resource
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from profile_service.config import KIB, MIB, Settings
+from profile_service.errors import InvalidArgument, NotMine, ProfileServiceError, ResourceExhausted
+from profile_service.shard.shard import Shard
+from userprofile.internal.v1 import shard_pb2
+
+SERVICE = "userprofile.internal.v1.ShardService"
+
+REQUEST_OVERHEAD_BYTES = MIB
+"""A request may be so much larger than the largest batch."""
+
+OVERLOAD_PATIENCE_S = 1.0
+"""A full shard stops reading the stream for so long before it refuses."""
+
+OVERLOAD_POLL_S = 0.005
+READ_SLICE_USERS = 32
+"""Profiles read before the loop may turn."""
+
+UNSENT_USERS = 4096
+"""Profiles asked for and not yet sent back on one stream; beyond it, the stream is not read."""
+
+Answer = TypeVar("Answer")
+ServerContext = aio.ServicerContext[Any, Any]
+
+ApplyResult = shard_pb2.ApplyResponse.Result
+ApplyStatus = shard_pb2.ApplyResponse.Status
+ReadStatus = shard_pb2.ReadResponse.Status
+
+
+class ShardServer:
+    """Serves one shard on a port of its own.
+
+    Args:
+        state: gives "serving" or "recovering".
+    """
+
+    def __init__(self, shard: Shard, settings: Settings, state: Callable[[], str] = lambda: "serving") -> None:
+        self._shard = shard
+        self._state = state
+        self._window_bytes = settings.capacity.owner_window_bytes
+        self._host = settings.host
+        self._server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+                # Frontends ping to find out that a shard has gone; that is no abuse.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ]
+        )
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+
+    async def start(self) -> str:
+        """Begins to serve; returns host:port."""
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        await self._server.start()
+        return f"{self._host}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends: takes no new call, and gives those that run so long to end."""
+        await self._server.stop(grace_s)
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Apply": grpc.stream_stream_rpc_method_handler(self._apply),
+                "Read": grpc.stream_stream_rpc_method_handler(self._read),
+                "GetProducer": grpc.unary_unary_rpc_method_handler(
+                    self._get_producer,
+                    request_deserializer=shard_pb2.GetProducerRequest.FromString,
+                    response_serializer=shard_pb2.GetProducerResponse.SerializeToString,
+                ),
+                "GetShardStatus": grpc.unary_unary_rpc_method_handler(
+                    self._get_status,
+                    request_deserializer=shard_pb2.GetShardStatusRequest.FromString,
+                    response_serializer=shard_pb2.GetShardStatusResponse.SerializeToString,
+                ),
+            },
+        )
+
+    async def _apply(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
+        await context.send_initial_metadata(())
+        exchange: _Exchange[ApplyResult] = _Exchange(self._window_bytes)
+
+        async def take(encoded: bytes) -> None:
+            request = shard_pb2.ApplyRequest.FromString(encoded)
+            submission = None if exchange.refused else await self._submit(request, len(encoded))
+            if submission is not None and submission.done() and submission.exception() is not None:
+                # Known before the next request is read.
+                exchange.refused = True
+            exchange.run(self._apply_result(request.request_id, submission, exchange), len(encoded))
+
+        async for results in exchange.carry(requests, take, context):
+            yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
+
+    async def _submit(self, request: shard_pb2.ApplyRequest, size_bytes: int) -> asyncio.Task[None]:
+        """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a while:
+        meanwhile the stream is not read, and no later request can get ahead."""
+        give_up_at = asyncio.get_running_loop().time() + OVERLOAD_PATIENCE_S
+        while True:
+            submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch))
+            # `submit` takes or refuses before it first waits.
+            await asyncio.sleep(0)
+            full = submission.done() and isinstance(submission.exception(), ResourceExhausted)
+            if not full or asyncio.get_running_loop().time() >= give_up_at:
+                return submission
+            await asyncio.sleep(OVERLOAD_POLL_S)
+
+    async def _apply_result(
+        self, request_id: int, submission: asyncio.Task[None] | None, exchange: _Exchange[ApplyResult]
+    ) -> ApplyResult:
+        if submission is None:
+            status, message = ApplyStatus.STATUS_AFTER_REFUSAL, "an earlier request of the stream was refused"
+        else:
+            status, message = ApplyStatus.STATUS_APPLIED, ""
+            try:
+                await submission
+            except ProfileServiceError as error:
+                exchange.refused = True
+                status, message = _apply_status(error), error.message
+        return ApplyResult(request_id=request_id, status=status, message=message)
+
+    async def _read(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
+        await context.send_initial_metadata(())
+        exchange: _Exchange[bytes] = _Exchange(UNSENT_USERS)
+
+        async def take(encoded: bytes) -> None:
+            request = shard_pb2.ReadRequest.FromString(encoded)
+            exchange.run(self._read_response(request), _users_of(request))
+
+        async for responses in exchange.carry(requests, take, context):
+            for response in responses:
+                yield response
+
+    async def _read_response(self, request: shard_pb2.ReadRequest) -> bytes:
+        response = shard_pb2.ReadResponse(request_id=request.request_id)
+        for query in request.queries:
+            answer = response.answers.add()
+            try:
+                answer.profiles.extend(await self._profiles(query, request.epoch))
+                answer.status = ReadStatus.STATUS_READ
+            except ProfileServiceError as error:
+                answer.status, answer.message = _read_status(error), error.message
+        response.epoch = self._shard.epoch
+        return response.SerializeToString()
+
+    async def _profiles(self, query: shard_pb2.ReadRequest.Query, epoch: int) -> list[bytes]:
+        if query.population:
+            return [self._shard.population_profile(query.features)]
+        profiles: list[bytes] = []
+        for start in range(0, len(query.user_ids), READ_SLICE_USERS):
+            if start:
+                await asyncio.sleep(0)
+            profiles += self._shard.read(query.user_ids[start : start + READ_SLICE_USERS], query.features, epoch)
+        return profiles
+
+    async def _get_producer(
+        self, request: shard_pb2.GetProducerRequest, context: ServerContext
+    ) -> shard_pb2.GetProducerResponse:
+        return shard_pb2.GetProducerResponse(acknowledged_sequence=self._shard.acknowledged(request.producer_id))
+
+    async def _get_status(
+        self, request: shard_pb2.GetShardStatusRequest, context: ServerContext
+    ) -> shard_pb2.GetShardStatusResponse:
+        counters = self._shard.status()
+        return shard_pb2.GetShardStatusResponse(
+            state=self._state(),
+            epoch=self._shard.epoch,
+            user_count=counters.user_count,
+            event_count=counters.event_count,
+            state_bytes=counters.state_bytes,
+            log_position=counters.log_position,
+            queued_bytes=counters.queued_bytes,
+            duplicate_count=counters.duplicate_count,
+            event_id_count=counters.event_id_count,
+            resident_bytes=_resident_bytes(),
+            cpu_seconds=time.process_time(),
+            pid=os.getpid(),
+            sync_mode=counters.sync_mode,
+        )
+
+
+class _Exchange(Generic[Answer]):
+    """The two directions of one stream: requests are taken in while their weight is below a window, answers go out as they come."""
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._held = 0
+        self._ready: list[Answer] = []
+        self._running: set[asyncio.Task[Answer]] = set()
+        self._changed = asyncio.Event()
+        self._space = asyncio.Event()
+        self._failure: BaseException | None = None
+        self.refused = False
+        """Whether a request was refused."""
+
+    def run(self, work: Coroutine[Any, Any, Answer], weight: int) -> None:
+        """Starts the work on one request; its weight counts until the answer is on its way."""
+        self._held += weight
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(functools.partial(self._finish, weight))
+
+    def _finish(self, weight: int, task: asyncio.Task[Answer]) -> None:
+        self._running.discard(task)
+        self._held -= weight
+        if not task.cancelled():
+            if (error := task.exception()) is not None:
+                self._failure = error
+            else:
+                self._ready.append(task.result())
+        self._space.set()
+        self._changed.set()
+
+    async def carry(
+        self, requests: AsyncIterator[bytes], take: Callable[[bytes], Awaitable[None]], context: ServerContext
+    ) -> AsyncIterator[list[Answer]]:
+        """Gives each request to `take`, and yields the answers that are ready until all requests are answered."""
+
+        async def take_all() -> None:
+            async for encoded in requests:
+                await take(encoded)
+                while self._held >= self._window:
+                    self._space.clear()
+                    await self._space.wait()
+
+        taking = asyncio.create_task(take_all())
+        taking.add_done_callback(lambda _: self._changed.set())
+        try:
+            while not taking.done() or self._running or self._ready:
+                self._changed.clear()
+                if self._failure is not None:
+                    raise self._failure
+                if self._ready:
+                    ready, self._ready = self._ready, []
+                    yield ready
+                else:
+                    await self._changed.wait()
+            # The requests' own end, which may be an error.
+            await taking
+        except DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a request cannot be read: {error}")
+        finally:
+            taking.cancel()
+            for task in self._running:
+                task.cancel()
+
+
+def _users_of(request: shard_pb2.ReadRequest) -> int:
+    return sum(max(1, len(query.user_ids)) for query in request.queries)
+
+
+def _apply_status(error: ProfileServiceError) -> ApplyStatus.ValueType:
+    match error:
+        case NotMine():
+            return ApplyStatus.STATUS_NOT_MINE
+        case ResourceExhausted():
+            return ApplyStatus.STATUS_OVERLOADED
+        case InvalidArgument():
+            return ApplyStatus.STATUS_MALFORMED
+    return ApplyStatus.STATUS_UNAVAILABLE
+
+
+def _read_status(error: ProfileServiceError) -> ReadStatus.ValueType:
+    match error:
+        case NotMine():
+            return ReadStatus.STATUS_NOT_MINE
+        case InvalidArgument():
+            return ReadStatus.STATUS_INVALID
+    return ReadStatus.STATUS_UNAVAILABLE
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process; its highest so far where the system has no /proc."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
