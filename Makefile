@@ -1,0 +1,121 @@
+# The project's commands. Each sets up what it needs first; `make setup` asks for Python 3.11, a compiler and a package index only.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON := $(BIN)/python
+UV := $(BIN)/uv
+UV_VERSION := 0.13.9
+STAMP := $(VENV)/.setup-done
+NODE := tests/e2e/node
+
+# What `make bench` runs (a module of benchmarks/), and what is passed on: make bench BENCH=ingest ARGS=--json
+BENCH ?= ingest
+ARGS ?=
+# Two workers; the tests that start the service share one of them (tests/conftest.py), so that two clusters never fight for two cores.
+PYTEST_FLAGS ?= -n 2 --dist loadgroup --durations 15
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
+export UV_PYTHON_DOWNLOADS := never
+# Trust what the machine trusts: behind a proxy that signs anew, uv's own list of authorities refuses every package index.
+export UV_SYSTEM_CERTS := true
+# A Ray process that may not keep what it compiled takes three times as long to start.
+unexport PYTHONDONTWRITEBYTECODE
+unexport PYTHONPATH
+unexport VIRTUAL_ENV
+
+.PHONY: help
+help:  ## This list
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ {printf "  make %-14s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- setting up ---
+
+.PHONY: setup
+setup: $(STAMP)  ## Make .venv with everything, as uv.lock says
+
+$(UV): scripts/make_venv.sh Makefile
+	scripts/make_venv.sh $(VENV) $(UV_VERSION)
+
+$(STAMP): $(UV) pyproject.toml clients/python/pyproject.toml uv.lock
+	$(UV) sync --quiet --frozen --all-packages --all-groups --all-extras --compile-bytecode
+	touch $@
+
+.PHONY: test-tools
+test-tools: $(STAMP) $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/install_node.sh
+	scripts/install_node.sh
+	npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund
+	touch $@
+
+# --- running ---
+
+.PHONY: demo
+demo: $(STAMP)  ## Start the service, replay the sample, print a profile, keep serving
+	$(BIN)/profile-service demo $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP)  ## Run a benchmark: BENCH=ingest ARGS=...
+	$(PYTHON) -m benchmarks.$(BENCH) $(ARGS)
+
+# --- testing and checking ---
+
+.PHONY: test
+test: test-tools  ## Run every test: ARGS='-k name --seed 7'
+	$(PYTHON) -m pytest $(PYTEST_FLAGS) $(ARGS)
+
+.PHONY: check
+check: check-format check-lint check-types check-layers check-protos check-generated check-lock  ## Format, lint, types, layers, protos, fresh generated code and lock
+
+.PHONY: check-format check-lint check-types check-layers check-protos check-generated check-lock
+check-format: $(STAMP)
+	$(BIN)/ruff format --check
+
+check-lint: $(STAMP)
+	$(BIN)/ruff check
+
+check-types: $(STAMP)
+	$(BIN)/mypy
+
+check-layers: $(STAMP)
+	$(BIN)/lint-imports
+
+check-protos: $(STAMP)
+	$(BIN)/buf lint
+	$(BIN)/buf breaking --against protos/baseline.binpb --exclude-imports
+
+check-generated: $(STAMP)
+	scripts/generate_protos.sh --check
+	if [ -e scripts/generate_sync_client.py ]; then $(PYTHON) scripts/generate_sync_client.py --check; fi
+
+check-lock: $(STAMP)
+	$(UV) lock --quiet --check
+
+.PHONY: fix
+fix: $(STAMP)  ## Format, and mend what can be mended by itself
+	$(BIN)/ruff check --fix-only --exit-zero
+	$(BIN)/ruff format
+	$(BIN)/buf format --write protos
+
+# --- generating ---
+
+.PHONY: protos
+protos: $(STAMP)  ## Generate code and descriptors from protos/
+	scripts/generate_protos.sh
+	if [ -e scripts/generate_sync_client.py ]; then $(PYTHON) scripts/generate_sync_client.py; fi
+
+.PHONY: baseline
+baseline: $(STAMP)  ## Take the public protos of now as what must not break from here on
+	$(BIN)/buf build --path protos/userprofile/v1 --exclude-source-info --output protos/baseline.binpb
+
+.PHONY: lock
+lock: $(STAMP)  ## Take the newest versions that pyproject.toml allows
+	$(UV) lock --upgrade
+
+.PHONY: clean
+clean:  ## Remove what was built and what was cached, .venv and all
+	rm -rf $(VENV) $(NODE)/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
