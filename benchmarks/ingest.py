@@ -24,11 +24,11 @@ import psutil
 import uvloop
 from rich.console import Console
 from rich.table import Table
+from userprofile.v1 import admin_service_pb2, event_service_pb2
 
 from benchmarks import echo
 from benchmarks.load import Load, build_load
 from benchmarks.processes import cpu_seconds, describe_machine, serve, started
-from userprofile.v1 import admin_service_pb2, event_service_pb2
 
 STREAM = "/userprofile.v1.EventService/StreamEvents"
 STATUS = "/userprofile.v1.AdminService/GetStatus"
@@ -81,9 +81,7 @@ async def counted(address: str) -> int:
         return int(admin_service_pb2.GetStatusResponse.FromString(answer).event_count)
 
 
-def measure(
-    root: psutil.Process, address: str, method: str, load: Load, options: argparse.Namespace
-) -> dict[str, Any]:
+def measure(root: psutil.Process, address: str, method: str, load: Load, options: argparse.Namespace) -> dict[str, Any]:
     """One round: rate, and CPU time an event of each process."""
     cpu_before, own_before = cpu_seconds(root), time.process_time()
     seconds = uvloop.run(send(address, method, load, options.producers, options.window))
@@ -171,12 +169,16 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     for name, value in result["machine"].items():
         console.print(f"{name}: {value}", highlight=False)
-    table = Table(title=f"{result['events']:,} events of {result['bytes_per_event']:.0f} bytes, {result['users']:,} users")
+    table = Table(
+        title=f"{result['events']:,} events of {result['bytes_per_event']:.0f} bytes, {result['users']:,} users"
+    )
     for column in ("", "events/s", "server CPU, µs an event"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("service", f"{result['events_per_second']:,.0f}", f"{result['server_cpu_us_per_event']:.2f}")
     table.add_row(
-        "floor: bare echo", f"{result['floor_events_per_second']:,.0f}", f"{result['floor_server_cpu_us_per_event']:.2f}"
+        "floor: bare echo",
+        f"{result['floor_events_per_second']:,.0f}",
+        f"{result['floor_server_cpu_us_per_event']:.2f}",
     )
     table.add_row("ratio to the floor", f"{result['rate_ratio_to_floor']:.2f}", "")
     console.print(table)

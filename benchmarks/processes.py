@@ -57,7 +57,18 @@ def started(arguments: list[str]) -> Iterator[tuple[psutil.Process, str]]:
 
 def serve(schema: str, shards: int | None) -> list[str]:
     """The command that starts the service on free ports."""
-    command = [sys.executable, "-m", "profile_service", "serve", "--schema", schema, "--grpc-port", "0", "--http-port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "profile_service",
+        "serve",
+        "--schema",
+        schema,
+        "--grpc-port",
+        "0",
+        "--http-port",
+        "0",
+    ]
     return [*command, "--shards", str(shards)] if shards else command
 
 
@@ -81,4 +92,8 @@ def _role(process: psutil.Process) -> str:
         return title.removeprefix("ray::").split(".")[0]
     if "profile_service" in command:
         return "serve"
-    return Path(title).name if "python" not in title else next((Path(a).name for a in command if a.endswith(".py")), "python")
+    return (
+        Path(title).name
+        if "python" not in title
+        else next((Path(a).name for a in command if a.endswith(".py")), "python")
+    )

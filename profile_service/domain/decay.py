@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from profile_service.domain.kernel import kernel
 
 NO_LANDMARK = np.iinfo(np.int64).min
 """The landmark of a feature that has seen nothing."""
@@ -27,7 +28,7 @@ RESCALE_STEPS = 64
 NS = 1_000_000_000
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def power_of_two(exponent: int) -> float:
     """2.0 ** exponent; 0.0 below what float64 holds."""
     if exponent < -1074:
@@ -35,7 +36,26 @@ def power_of_two(exponent: int) -> float:
     return math.ldexp(1.0, exponent)
 
 
-@njit(cache=True, nogil=True)
+ROUNDED_BITS = (1 << 29) - 1
+"""The bits of a float64's fraction that a float32 has not."""
+
+
+@kernel
+def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
+    """`total + weight` without the bits of `rounded_bits`, rounded up as often as their share of a unit asks for.
+
+    Rounding to the nearest errs the same way at each of many equal additions: ten thousand events would be wrong by one in ten
+    thousand. Here the error has no direction. What looks like chance is a hash of the sum, so that a replay gives the same
+    bits; sums that a float32 can hold exactly stay exact.
+    """
+    bits = np.float64(total + weight).view(np.uint64)
+    noise = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    noise = (noise ^ (noise >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(35)
+    mask = np.uint64(rounded_bits)
+    return np.uint64((bits + (noise & mask)) & ~mask).view(np.float64)
+
+
+@kernel
 def decompose(
     time_ns: NDArray[np.int64], half_life_ns: int, grid: NDArray[np.int64], mantissa: NDArray[np.float64]
 ) -> None:

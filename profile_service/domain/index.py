@@ -16,9 +16,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import xxhash
-from numba import njit
 from numpy.typing import NDArray
 
+from profile_service.domain.kernel import kernel
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -29,7 +29,7 @@ _FULLEST = 0.8
 _COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find(
     slots: NDArray[np.uint64],
     hashes: NDArray[np.uint64],
@@ -60,7 +60,7 @@ def _find(
     return -1 - np.int64(at)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find_many(
     slots: NDArray[np.uint64],
     hashes: NDArray[np.uint64],
@@ -112,7 +112,7 @@ def _find_many(
     return new
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> None:
     """Frees a slot, moving back what would no longer be found behind the hole."""
     mask = len(slots) - 1
@@ -130,7 +130,7 @@ def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> N
     slots[hole] = np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rehash(old: NDArray[np.uint64], hashes: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
     mask = np.uint64(len(slots) - 1)
     for i in range(len(old)):

@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-to_i64: Callable[[Any], int] = cast(Any, np.int64)
+to_i64: Callable[[Any], int] = cast("Any", np.int64)
 """Conversion to i8 inside a kernel, where `int` would leave u8 as it is."""
 
-_njit = cast(Any, numba.njit)
-_raw_memcpy = cast(Any, cgutils.raw_memcpy)
-_pointer_add = cast(Any, cgutils.pointer_add)
-_intrinsic = cast(Any, numba.extending.intrinsic)
+_njit = cast("Any", numba.njit)
+_raw_memcpy = cast("Any", cgutils.raw_memcpy)
+_pointer_add = cast("Any", cgutils.pointer_add)
+_intrinsic = cast("Any", numba.extending.intrinsic)
 
 
 def kernel(function: F) -> F:
     """Compiles a function of numbers and arrays; it runs without the interpreter's lock."""
-    return cast(F, _njit(cache=True, nogil=True)(function))
+    return cast("F", _njit(cache=True, nogil=True)(function))
 
 
 def leaf_kernel(function: F) -> F:
@@ -40,12 +40,12 @@ def leaf_kernel(function: F) -> F:
     Otherwise numba counts references to every array, atomically, in a function that returns from many places, which
     costs a parser of short messages several times what the parsing costs.
     """
-    return cast(F, _njit(cache=True, nogil=True, _nrt=False)(function))
+    return cast("F", _njit(cache=True, nogil=True, _nrt=False)(function))
 
 
 def inlined_kernel(function: F) -> F:
     """A leaf kernel that is always put into its caller: for what runs once an event and has many arguments."""
-    return cast(F, _njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function))
+    return cast("F", _njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function))
 
 
 def _load_u64(typingctx: Any, buffer: Any, offset: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from userprofile.internal.v1 import population_pb2
 
 from profile_service.domain.features.base import VIEW_DTYPES, Batch, ReadContext, RowViews
 from profile_service.domain.features.categorical import CategoricalFeature
@@ -18,7 +19,6 @@ from profile_service.domain.index import ByteIndex
 from profile_service.domain.layout import Layout
 from profile_service.domain.profile import encode_profile
 from profile_service.domain.schema import Schema
-from userprofile.internal.v1 import population_pb2
 
 
 class PopulationRow:
@@ -103,5 +103,5 @@ class Population:
 
     def profile(self, read_ns: int, names: Sequence[str] = ()) -> bytes:
         """An encoded Profile without a user id, of the features named, or of all."""
-        context = ReadContext(read_ns, lambda held: self._texts[held - 1], self.weights)
+        context = ReadContext(read_ns, lambda held: self._texts[held - 1], lambda name: self.weights(name, read_ns))
         return encode_profile("", self._layout, self._views, 0, context, names)

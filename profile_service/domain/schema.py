@@ -90,10 +90,7 @@ class Schema:
         """Changes when the meaning of a row changes, and with nothing else: 16 hexadecimal digits."""
         meaning = [
             [[event.name, event.weight] for event in self.event_types],
-            [
-                [f.name, f.kind, f.options.model_dump(mode="json"), f.events, f.half_life_s]
-                for f in self.features
-            ],
+            [[f.name, f.kind, f.options.model_dump(mode="json"), f.events, f.half_life_s] for f in self.features],
         ]
         canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
         return xxhash.xxh64_hexdigest(canonical.encode())
@@ -367,5 +364,3 @@ def _join(path: str, key: str) -> str:
 def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-

@@ -13,9 +13,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from profile_service.domain.kernel import kernel
 from profile_service.domain.memory import reserve
 
 REQUEST_PREFIX = "request:"
@@ -71,9 +71,7 @@ class ProducerSequences:
         producer.last[partitions[fresh]] = sequence
         return fresh
 
-    def _admit_request(
-        self, request_id: str, partitions: NDArray[np.int64], now_ns: int
-    ) -> NDArray[np.bool_] | None:
+    def _admit_request(self, request_id: str, partitions: NDArray[np.int64], now_ns: int) -> NDArray[np.bool_] | None:
         reached, _ = self._requests.get(request_id, (0, 0))
         touched = np.flatnonzero(np.bincount(partitions, minlength=self._partitions)).tolist()
         repeated = [partition for partition in touched if reached >> partition & 1]
@@ -97,7 +95,7 @@ class ProducerSequences:
 _HEAD, _TAIL = range(2)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     """Position of the key, or of the free slot where it belongs."""
     mask = np.uint64(len(slots) - 1)
@@ -107,7 +105,7 @@ def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     return np.int64(at)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
     mask = np.int64(len(slots) - 1)
     hole = _place(slots, key)
@@ -124,7 +122,7 @@ def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
     slots[hole] = np.uint64(0)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _admit(
     slots: NDArray[np.uint64],
     ring: NDArray[np.uint64],

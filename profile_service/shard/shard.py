@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from userprofile.internal.v1 import shard_pb2
 
 from profile_service.clock import Clock
 from profile_service.config import Capacity
@@ -33,7 +34,6 @@ from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
 from profile_service.storage.log import Log
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
-from userprofile.internal.v1 import shard_pb2
 
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""
@@ -223,7 +223,9 @@ class Shard:
             for part in submission.parts:
                 columns = decode_events(part.events, self._plan, part.arrival_time_ns)
                 if columns.count != part.event_count:
-                    raise InvalidArgument("parts.event_count", f"says {part.event_count}, the bytes hold {columns.count}")
+                    raise InvalidArgument(
+                        "parts.event_count", f"says {part.event_count}, the bytes hold {columns.count}"
+                    )
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)

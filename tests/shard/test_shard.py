@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import event_service_pb2, profile_pb2
 
 from profile_service.config import Capacity
 from profile_service.domain.schema import parse_schema
@@ -14,8 +16,6 @@ from profile_service.domain.table import ProfileTable
 from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, Unavailable
 from profile_service.shard.shard import RECORD_FORGET, Shard
 from profile_service.storage.log import MemoryLog
-from userprofile.internal.v1 import shard_pb2
-from userprofile.v1 import event_service_pb2, profile_pb2
 
 NOW_NS = 1_790_000_000 * 10**9
 

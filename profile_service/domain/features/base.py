@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-
-from profile_service.domain.decay import NO_LANDMARK, half_life_to_ns
 from userprofile.v1 import profile_pb2
+
+from profile_service.domain.decay import NO_LANDMARK, ROUNDED_BITS, half_life_to_ns
 
 VIEW_DTYPES: dict[str, np.dtype[Any]] = {
     "f8": np.dtype(np.float64),
@@ -47,6 +47,11 @@ class RowViews(NamedTuple):
     f4: NDArray[np.float32] | NDArray[np.float64]
     u4: NDArray[np.uint32]
     u1: NDArray[np.uint8]
+
+
+def rounded_bits(views: RowViews) -> int:
+    """What `add_rounded` is to leave out of a sum in `views.f4`: nothing where that view has 64 bits."""
+    return ROUNDED_BITS if views.f4.itemsize == 4 else 0
 
 
 @dataclass

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
+from userprofile.v1 import profile_pb2
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
     Batch,
     Feature,
@@ -22,8 +22,9 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    rounded_bits,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 OTHER = "other"
 
@@ -49,9 +50,10 @@ class CategoricalOptions(KindOptions):
     """How many events of weight 1 the prior is worth."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     f4: NDArray[np.float32],
+    rounded_bits: int,
     i8: NDArray[np.int64],
     slot: int,
     count: int,
@@ -80,7 +82,7 @@ def _update(
             i8[row, landmark] = grid[i]
         elif steps != 0:
             w *= power_of_two(steps)
-        f4[row, slot + code] += w
+        f4[row, slot + code] = add_rounded(f4[row, slot + code], w, rounded_bits)
 
 
 class CategoricalFeature(Feature):
@@ -102,6 +104,7 @@ class CategoricalFeature(Feature):
         index = self.half_life_index
         _update(
             views.f4,
+            rounded_bits(views),
             views.i8,
             self.slot,
             len(self.labels),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
@@ -17,14 +17,14 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 
 class CounterOptions(KindOptions):
     """A counter has no options of its own."""
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _count(
     f8: NDArray[np.float64], slot: int, rows: NDArray[np.int64], types: NDArray[np.int16], weight: NDArray[np.float64]
 ) -> None:
@@ -33,7 +33,7 @@ def _count(
             f8[rows[i], slot] += 1.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _sum(
     f8: NDArray[np.float64],
     i8: NDArray[np.int64],
@@ -90,9 +90,7 @@ class CounterFeature(Feature):
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         mine = theirs = 1.0
         if self.half_life_ns:
-            common, mine, theirs = align(
-                int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark])
-            )
+            common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
             target.i8[row, self.landmark] = common
         target.f8[row, self.slot] = target.f8[row, self.slot] * mine + source.f8[source_row, self.slot] * theirs
 

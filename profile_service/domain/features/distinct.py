@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import Field
+from userprofile.v1 import profile_pb2
 
 from profile_service.domain.features.base import (
     Batch,
@@ -23,7 +23,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 
 class DistinctOptions(KindOptions):
@@ -33,7 +33,7 @@ class DistinctOptions(KindOptions):
     precision: int = Field(default=8, ge=4, le=16)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     u1: NDArray[np.uint8],
     registers: int,
@@ -64,7 +64,7 @@ def _update(
             u1[row, place + 1] = np.uint8(pair >> 8)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     registers = np.empty(count, dtype=np.uint8)
     for index in range(count):
@@ -74,7 +74,7 @@ def _unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return registers
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pack(registers: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
     packed[:] = 0
     for index in range(len(registers)):

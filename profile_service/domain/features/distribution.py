@@ -9,11 +9,11 @@ import math
 from typing import Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from userprofile.v1 import profile_pb2
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
     Batch,
     Feature,
@@ -23,8 +23,9 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    rounded_bits,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 PROBABILITIES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -85,7 +86,7 @@ class DistributionOptions(KindOptions):
     bins: Bins
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bin_of(edges: NDArray[np.float64], value: float) -> int:
     """How many edges are at or below `value`: 0 is under, len(edges) is over."""
     low = 0
@@ -99,10 +100,11 @@ def _bin_of(edges: NDArray[np.float64], value: float) -> int:
     return low
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     f8: NDArray[np.float64],
     f4: NDArray[np.float32],
+    rounded_bits: int,
     i8: NDArray[np.int64],
     moments: int,
     bins: int,
@@ -143,7 +145,8 @@ def _update(
         f8[row, moments + 1] += difference * (w / total)
         f8[row, moments + 2] += w * difference * (value - f8[row, moments + 1])
         f8[row, moments] = total
-        f4[row, bins + _bin_of(edges, value)] += w
+        place = bins + _bin_of(edges, value)
+        f4[row, place] = add_rounded(f4[row, place], w, rounded_bits)
 
 
 class DistributionFeature(Feature):
@@ -164,6 +167,7 @@ class DistributionFeature(Feature):
         _update(
             views.f8,
             views.f4,
+            rounded_bits(views),
             views.i8,
             self.moments,
             self.bins,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import Field
+from userprofile.v1 import profile_pb2
 
 from profile_service.domain.features.base import (
     Batch,
@@ -19,7 +19,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 
 class RecentOptions(KindOptions):
@@ -29,7 +29,7 @@ class RecentOptions(KindOptions):
     size: int = Field(default=20, ge=1, le=1000)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import Field
+from userprofile.v1 import profile_pb2
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
     Batch,
     Feature,
@@ -25,8 +25,9 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    rounded_bits,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 POPULATION_COUNTERS = 64
 """The population keeps at least so many counters: one row for all users can afford the smaller errors."""
@@ -39,10 +40,11 @@ class TopKOptions(KindOptions):
     k: int = Field(default=10, ge=1, le=1000)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     f8: NDArray[np.float64],
     f4: NDArray[np.float32],
+    rounded_bits: int,
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],
     total: int,
@@ -84,7 +86,7 @@ def _update(
                 break
         if found >= 0:
             u4[row, ids + found] = value
-            f4[row, counters + found] += w
+            f4[row, counters + found] = add_rounded(f4[row, counters + found], w, rounded_bits)
             continue
         lightest = 0
         for j in range(1, k):
@@ -92,7 +94,7 @@ def _update(
                 lightest = j
         u4[row, ids + lightest] = value
         f4[row, counters + k + lightest] = f4[row, counters + lightest]
-        f4[row, counters + lightest] += w
+        f4[row, counters + lightest] = add_rounded(f4[row, counters + lightest], w, rounded_bits)
 
 
 class TopKFeature(Feature):
@@ -118,6 +120,7 @@ class TopKFeature(Feature):
         _update(
             views.f8,
             views.f4,
+            rounded_bits(views),
             views.u4,
             views.i8,
             self.total,
@@ -138,9 +141,7 @@ class TopKFeature(Feature):
         ids = views.u4[row, self.ids : self.ids + self.k].tolist()
         weights = views.f4[row, self.counters : self.counters + self.k].tolist()
         errors = views.f4[row, self.counters + self.k : self.counters + 2 * self.k].tolist()
-        return {
-            held: (weight, error) for held, weight, error in zip(ids, weights, errors, strict=True) if held != 0
-        }
+        return {held: (weight, error) for held, weight, error in zip(ids, weights, errors, strict=True) if held != 0}
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
@@ -159,9 +160,7 @@ class TopKFeature(Feature):
                 error += held[1] * scale if held else most
             merged[value] = (weight, error)
         kept = sorted(merged.items(), key=lambda item: -item[1][0])[: self.k]
-        target.f8[row, self.total] = (
-            target.f8[row, self.total] * mine + source.f8[source_row, self.total] * theirs
-        )
+        target.f8[row, self.total] = target.f8[row, self.total] * mine + source.f8[source_row, self.total] * theirs
         target.u4[row, self.ids : self.ids + self.k] = 0
         target.f4[row, self.counters : self.counters + 2 * self.k] = 0
         for j, (value, (weight, error)) in enumerate(kept):

@@ -8,9 +8,9 @@ for the window and for the five minutes that an event may lie in the future. Cou
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from pydantic import model_validator
+from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, NS
 from profile_service.domain.duration import Duration
@@ -24,7 +24,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from userprofile.v1 import profile_pb2
+from profile_service.domain.kernel import kernel
 
 FUTURE_S = 300.0
 MOST_BUCKETS = 10_000
@@ -45,7 +45,7 @@ class WindowCountOptions(KindOptions):
         return self
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _update(
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],
