@@ -60,20 +60,23 @@ def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDAr
 
 @leaf_kernel
 def next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> tuple[int, int, int]:
-    """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message whose framing is
-    known to be whole and to have one more.
+    """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message of whole framing.
+
+    Where there is none, which only a message changed meanwhile can show, an empty event at the buffer's end.
     """
-    while True:
+    size = buffer.size
+    while pos >= 0:
         start = pos
-        tag, pos = read_tag(buffer, pos, buffer.size)
+        tag, pos = read_tag(buffer, pos, size)
         if pos < 0:
-            return start, pos, pos
+            break
         if tag == EVENT_TAG:
-            length, pos = read_length(buffer, pos, buffer.size)
+            length, pos = read_length(buffer, pos, size)
+            if pos < 0:
+                break
             return start, pos, pos + length
-        pos = skip_unknown(buffer, pos, buffer.size, tag, 0, work)
-        if pos < 0:
-            return start, pos, pos
+        pos = skip_unknown(buffer, pos, size, tag, 0, work)
+    return size, size, size
 
 
 @kernel
