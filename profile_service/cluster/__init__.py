@@ -1,0 +1,1 @@
+"""Where shards are, and how a batch or a question finds them."""

@@ -1,7 +1,8 @@
-"""The coordinator as a Ray actor: creates the shards' actors or finds those that its predecessor left, and lends them to `Coordinator`.
+"""The coordinator as a Ray actor: creates the shards' actors or finds those that its predecessor left, and lends them
+to `Coordinator`.
 
-The actors are detached from whoever creates them: a coordinator that dies takes no shard with it. In `serve` they end with the
-embedded Ray, and so with the process that started it.
+The actors are detached from whoever creates them: a coordinator that dies takes no shard with it. In `serve` they end
+with the embedded Ray, and so with the process that started it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 def create_actor(actor_class: type, name: str, *arguments: object) -> ActorHandle[Any]:
-    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for ever."""
+    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for
+    ever."""
     remote_class: Any = ray.remote(actor_class)
     handle: ActorHandle[Any] = remote_class.options(
         name=name,

@@ -1,13 +1,13 @@
 """Events on their way to one owner: in order, bounded in bytes, sent again where that cannot count them twice.
 
-The shard keeps a prefix of what a call carries (see shard.proto): once it has refused a request it refuses the later ones too.
-So on the first refusal our side is closed, and when the shard has answered everything, what it refused goes back to the
-head of the queue in the old order.
+The shard keeps a prefix of what a call carries (see shard.proto): once it has refused a request it refuses the later
+ones too. So on the first refusal our side is closed, and when the shard has answered everything, what it refused goes
+back to the head of the queue in the old order.
 
 | what became of a request | what becomes of its parts |
 |---|---|
 | applied | done |
-| no answer: the call was lost | sent again if they name a producer; otherwise UNAVAILABLE, for they may have been applied |
+| no answer: the call was lost | sent again if they name a producer, otherwise UNAVAILABLE: they may be applied |
 | not mine, shutting down, after a refusal | sent again when the topology is fresh |
 | overloaded | sent again if the lane is patient, otherwise RESOURCE_EXHAUSTED |
 | malformed | each sent again alone; one that was alone is INVALID_ARGUMENT |

@@ -5,7 +5,8 @@
     Part    what of a batch goes to one owner
 
 Within a lane no part may overtake another on the way to an owner: the owner takes a sequence that it has passed for a
-repetition and skips it. So when a batch fails, every later batch of its lane fails with it, and what was not sent yet is dropped.
+repetition and skips it. So when a batch fails, every later batch of its lane fails with it, and what was not sent yet
+is dropped.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Lane:
 
 
 class Batch:
-    """One batch; `done` ends when all its parts are durable and readable, or with the error of the first that is not."""
+    """One batch; `done` ends when all its parts are durable and readable, or with the error of the first that is
+    not."""
 
     def __init__(self, lane: Lane, parts: int) -> None:
         self.lane = lane

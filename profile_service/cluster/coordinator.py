@@ -1,7 +1,8 @@
-"""Decides which shards there are and who owns what, and keeps that true: the control plane's logic, without Ray (see `actor.py`).
+"""Decides which shards there are and who owns what, and keeps that true: the control plane's logic, without Ray (see
+`actor.py`).
 
-watch       every shard is asked where it is; one that is back elsewhere gets a place in a new epoch, told to the shards first
-population  the shards' sums are gathered and given to all of them, one round after the other
+watch       every shard is asked where it is; one that is back elsewhere gets a place in a new epoch, told to the shards
+first population  the shards' sums are gathered and given to all of them, one round after the other
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class Located(Protocol):
 
 
 class ShardControl(Protocol):
-    """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is away."""
+    """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
+    away."""
 
     async def describe(self) -> Located:
         """Where it is."""
@@ -101,7 +103,8 @@ class Coordinator:
             await self._ask_all({shard_id: shard.set_population(merged) for shard_id, shard in self._shards.items()})
 
     async def _relocate(self, found: Mapping[int, Located]) -> None:
-        """Takes the places in; where one is new, or a shard goes by another epoch, all shards hear of it before anyone else."""
+        """Takes the places in; where one is new, or a shard goes by another epoch, all shards hear of it before anyone
+        else."""
         places = {
             shard_id: ShardLocation(shard_id, located.address, located.node) for shard_id, located in found.items()
         }
@@ -140,7 +143,7 @@ class Coordinator:
             try:
                 async with asyncio.timeout(CONTROL_TIMEOUT_S):
                     return shard_id, await call
-            except Exception as error:  # The calls are remote: whatever went wrong, the shard did not answer.
+            except Exception as error:  # noqa: BLE001  # The calls are remote: whatever it is, the shard did not answer.
                 logger.warning("shard %d does not answer: %s", shard_id, error)
                 return None
 

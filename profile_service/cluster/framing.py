@@ -1,4 +1,5 @@
-"""Puts encoded protobuf messages into one another without decoding them: a repeated field is its elements one after the other."""
+"""Puts encoded protobuf messages into one another without decoding them: a repeated field is its elements one after the
+other."""
 
 from __future__ import annotations
 

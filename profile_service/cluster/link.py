@@ -1,4 +1,5 @@
-"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and two plain calls."""
+"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and two plain
+calls."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@
                     │   lost, or closed by the shard  ▲
                     └─────────────────────────────────┘
 
-What waits goes into one message: while a message is on its way (the write is awaited), the next one gathers. `finishing` closes
-our side and reads on until the shard has answered everything. `settle` decides what becomes of what has no answer.
+What waits goes into one message: while a message is on its way (the write is awaited), the next one gathers.
+`finishing` closes our side and reads on until the shard has answered everything. `settle` decides what becomes of what
+has no answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which partition a user falls into: `xxh64(user_id) >> (64 - bits)`. Every language has XXH64, so clients can route by it."""
+"""Which partition a user falls into: `xxh64(user_id) >> (64 - bits)`. Every language has XXH64, so clients can route by
+it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Questions on their way to one owner; many callers' questions travel in one message. A lost call loses its questions: the
-callers ask again, for reading changes nothing."""
+"""Questions on their way to one owner; many callers' questions travel in one message. A lost call loses its questions:
+the callers ask again, for reading changes nothing."""
 
 from __future__ import annotations
 

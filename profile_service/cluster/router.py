@@ -3,9 +3,9 @@
     batch ─▶ split by owner (kernel) ─▶ a part to each owner's ApplyStream ─▶ done when every owner has applied its part
     read  ─▶ split by owner ─▶ a question to each owner's ReadStream ─▶ joined in the order asked for
 
-The topology is cached; it is asked for anew when an owner says "not mine" or is lost. When partitions change owners, every
-stream is paused until what it has sent is answered; then all that waits is split anew, in the old order, and goes on. So the parts of
-a lane keep their order through a change, too.
+The topology is cached; it is asked for anew when an owner says "not mine" or is lost. When partitions change owners,
+every stream is paused until what it has sent is answered; then all that waits is split anew, in the old order, and goes
+on. So the parts of a lane keep their order through a change, too.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Router:
     async def submit(
         self, scanned: ScannedBatch, lane: Lane, sequence: int, acknowledged_sequence: int, arrival_time_ns: int
     ) -> Batch:
-        """Queues the valid events of a batch at their owners, behind the lane's earlier batches; `batch.done` says when they are
-        durable and readable. A lane's batches are submitted one after the other.
+        """Queues the valid events of a batch at their owners, behind the lane's earlier batches; `batch.done` says when
+        they are durable and readable. A lane's batches are submitted one after the other.
 
         Waits for space where the lane is patient.
 
@@ -146,7 +146,8 @@ class Router:
 
         Raises:
             ResourceExhausted: an owner's queue is full; nothing is queued.
-            Unavailable: an owner was lost, and sending again might count the events twice; or it was away for PATIENCE_S.
+            Unavailable: an owner was lost, and sending again might count the events twice; or it was away for
+                PATIENCE_S.
             DeadlineExceeded: no acknowledgement within `deadline_s`.
         In the last two cases some of the events may be counted.
         """
@@ -232,7 +233,8 @@ class Router:
         ]
 
     async def refresh(self) -> None:
-        """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one stays."""
+        """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one
+        stays."""
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
         await asyncio.shield(self._refreshing)
@@ -240,9 +242,7 @@ class Router:
     async def _refresh(self) -> None:
         try:
             await self._install(await self._source())
-        except (
-            Exception
-        ) as error:  # The source is a remote call: whatever it raises, the topology in hand still serves.
+        except Exception as error:  # noqa: BLE001  # The source is a remote call: the topology in hand still serves.
             logger.warning("the topology cannot be refreshed: %s", error)
         finally:
             self._refreshing = None

@@ -122,8 +122,8 @@ class Topology:
         if ids != sorted(set(ids)):
             faults.append(f"shards: ids must ascend without a repetition, are {ids}")
         addresses = [shard.address for shard in self.shards if shard.address]
-        for address in sorted({address for address in addresses if addresses.count(address) > 1}):
-            faults.append(f"shards: {address} is given to more than one")
+        repeated = sorted({address for address in addresses if addresses.count(address) > 1})
+        faults += [f"shards: {address} is given to more than one" for address in repeated]
         if not self.starts or self.starts.peekitem(0)[0] != 0:
             faults.append("starts: no range begins at partition 0")
         for first, shard_id in self.starts.items():

@@ -1,8 +1,10 @@
-"""A shard as a Ray actor: all Ray of this package is here. Ray starts the process, restarts it when it dies, and carries control;
-events and profiles go through the gRPC server that the actor runs in its own event loop (see `service.py`).
+"""A shard as a Ray actor: all Ray of this package is here. Ray starts the process, restarts it when it dies, and
+carries control; events and profiles go through the gRPC server that the actor runs in its own event loop (see
+`service.py`).
 
-A restart runs the constructor again and nothing else, so the constructor does everything: the shard serves from then on, and its
-coordinator finds the new address by asking. A shard whose commit loop has ended must not serve: the process exits.
+A restart runs the constructor again and nothing else, so the constructor does everything: the shard serves from then
+on, and its coordinator finds the new address by asking. A shard whose commit loop has ended must not serve: the process
+exits.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ class ShardActor:
     """One shard's process. Every method is control; none is on the way of an event or a read.
 
     Args:
-        owned: the partitions it owns at `epoch`. After a restart they are those of the first start, until the coordinator says more.
+        owned: the partitions it owns at `epoch`. After a restart they are those of the first start, until the
+            coordinator says more.
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.

@@ -1,7 +1,8 @@
 """The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it.
 
-A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait. Requests are
-submitted without waiting for the one before, answers go out as they come, as many as are ready in one message.
+A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait.
+Requests are submitted without waiting for the one before, answers go out as they come, as many as are ready in one
+message.
 """
 
 from __future__ import annotations
@@ -117,8 +118,8 @@ class ShardServer:
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
 
     async def _submit(self, request: shard_pb2.ApplyRequest, size_bytes: int) -> asyncio.Task[None]:
-        """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a while:
-        meanwhile the stream is not read, and no later request can get ahead."""
+        """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a
+        while: meanwhile the stream is not read, and no later request can get ahead."""
         give_up_at = asyncio.get_running_loop().time() + OVERLOAD_PATIENCE_S
         while True:
             submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch))
@@ -204,7 +205,8 @@ class ShardServer:
 
 
 class _Exchange(Generic[Answer]):
-    """The two directions of one stream: requests are taken in while their weight is below a window, answers go out as they come."""
+    """The two directions of one stream: requests are taken in while their weight is below a window, answers go out as
+    they come."""
 
     def __init__(self, window: int) -> None:
         self._window = window

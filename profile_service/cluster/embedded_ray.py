@@ -1,0 +1,101 @@
+"""A Ray of our own inside this process's tree, for a service on one machine. It listens on the loopback interface only,
+whatever the service itself listens on; it ends with this process, however that ends.
+
+Nothing of it is shared: another Ray on the machine, or in the environment's RAY_ADDRESS, is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from profile_service.config import MIB
+from profile_service.errors import StartupError
+
+OBJECT_STORE_BYTES = 100 * MIB
+"""Only control goes through Ray; the populations of the shards are the largest of it."""
+
+LONGEST_DIRECTORY = 40
+"""Ray puts Unix sockets below its directory, and their paths have to stay below 108 bytes."""
+
+
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""At 0 Ray takes 127.0.0.1 for its address, as it does where clusters are not supported, and binds everything to it."""
+
+
+class EmbeddedRay:
+    """Ray, started for `workers` actors.
+
+    Raises StartupError where this process runs a Ray already, or has imported it before: it reads its environment then.
+    """
+
+    def __init__(self, workers: int) -> None:
+        if "ray" in sys.modules and os.environ.get(LOOPBACK_VARIABLE) != "0":
+            raise StartupError("Ray is imported in this process already; start the service before `import ray`")
+        _set_environment()
+        import ray
+
+        if ray.is_initialized():
+            raise StartupError("this process runs a Ray already; one process starts one service")
+        self.directory = _directory()
+        # Ray takes SIGTERM for itself; signals belong to whoever started the service.
+        on_main_thread = threading.current_thread() is threading.main_thread()
+        handler = signal.getsignal(signal.SIGTERM) if on_main_thread else None
+        try:
+            ray.init(
+                address="local",
+                # One started worker process for each actor: they wait for the actors, not the other way round.
+                num_cpus=workers,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                configure_logging=False,
+                log_to_driver=True,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self.directory),
+            )
+        except BaseException:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
+        finally:
+            if handler is not None:
+                signal.signal(signal.SIGTERM, handler)
+
+    def stop(self) -> None:
+        """Ends every process of it and removes its files."""
+        import ray
+
+        ray.shutdown()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _set_environment() -> None:
+    """What Ray has no arguments for. Its processes and the actors inherit it."""
+    for name, value in {
+        LOOPBACK_VARIABLE: "0",
+        # Other users of the machine reach the loopback interface too: a token that only this tree of processes has.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # A driver started by `uv run` would have every worker started by it, too.
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # Any free port, so that two services can run side by side.
+        "AUTOSCALER_METRIC_PORT": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Our processes' log lines say themselves where they are from.
+        "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _directory() -> Path:
+    """A new directory that only this user can read, with a path short enough for Ray's sockets."""
+    preferred = Path(tempfile.gettempdir())
+    parent = preferred if len(str(preferred)) <= LONGEST_DIRECTORY else Path("/tmp")  # noqa: S108
+    return Path(tempfile.mkdtemp(prefix="profile-service-", dir=parent))

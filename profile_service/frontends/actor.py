@@ -1,0 +1,47 @@
+"""A frontend as a Ray actor: all Ray of this package is here. Ray starts the process and restarts it when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from profile_service.clock import system_clock
+from profile_service.cluster.topology import Topology
+from profile_service.config import Settings
+from profile_service.domain.schema import Schema
+from profile_service.frontends.server import Frontend
+
+
+class FrontendActor:
+    """One frontend's process.
+
+    Args:
+        settings: with ports that are not 0, so that a restarted frontend is found where it was.
+        coordinator: the CoordinatorActor.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.
+        self, schema: Schema, settings: Settings, coordinator: ActorHandle[Any]
+    ) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
+
+        async def topology() -> Topology:
+            current: Topology = await coordinator.topology.remote()
+            return current
+
+        self._frontend = Frontend(schema, settings, topology, system_clock)
+        self._started = asyncio.create_task(self._frontend.start())
+
+    async def wait_until_ready(self) -> tuple[str, str]:
+        """(gRPC address, HTTP address) once every shard is connected. Raises StartupError."""
+        await asyncio.shield(self._started)
+        await self._frontend.wait_until_ready()
+        return self._frontend.grpc_address, self._frontend.http_address
+
+    async def drain(self) -> None:
+        """Answers everything accepted, then serves no more."""
+        await self._started
+        await self._frontend.drain()

@@ -1,0 +1,124 @@
+"""What the service is, where its parts are, and how they do."""
+
+from __future__ import annotations
+
+import asyncio
+
+from profile_service import __version__
+from profile_service.clock import Clock
+from profile_service.cluster.router import Router
+from profile_service.cluster.topology import ShardLocation
+from profile_service.config import Settings
+from profile_service.domain.layout import Layout
+from profile_service.domain.schema import Schema
+from profile_service.frontends.requests import parse
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import admin_service_pb2
+
+REFRESH_INTERVAL_S = 2.0
+"""How old the shards' figures may be that `/metrics` shows."""
+
+ShardStatus = admin_service_pb2.GetStatusResponse.ShardStatus
+
+
+class Admin:
+    """Answers questions about the service."""
+
+    def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock) -> None:
+        self._router = router
+        self._schema = schema
+        self._settings = settings
+        self._start_ns = clock()
+        self._encoded_schema = _describe(schema).SerializeToString()
+        self.draining = False
+        self.last_shards: list[ShardStatus] = []
+        """The shards as last asked."""
+
+    async def get_schema(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded GetSchemaResponse."""
+        parse(admin_service_pb2.GetSchemaRequest, request)
+        return self._encoded_schema
+
+    async def get_topology(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded GetTopologyResponse: the topology by which this frontend routes."""
+        parse(admin_service_pb2.GetTopologyRequest, request)
+        topology = self._router.topology
+        response = admin_service_pb2.GetTopologyResponse(epoch=topology.epoch, partition_count=topology.partition_count)
+        for shard in topology.shards:
+            response.shards.add(shard_id=shard.shard_id, address=shard.address, node=shard.node)
+        for owned in topology.ranges():
+            response.ranges.add(first_partition=owned.first, last_partition=owned.last, shard_id=owned.shard_id)
+        return response.SerializeToString()
+
+    async def get_status(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded GetStatusResponse: asks every shard."""
+        parse(admin_service_pb2.GetStatusRequest, request)
+        answers = await self._router.status()
+        self.last_shards = [_shard_status(location, status) for location, status in answers]
+        response = admin_service_pb2.GetStatusResponse(
+            version=__version__,
+            schema_name=self._schema.name,
+            state="draining" if self.draining else "serving",
+            user_count=sum(shard.user_count for shard in self.last_shards),
+            event_count=sum(shard.event_count for shard in self.last_shards),
+            epoch=self._router.topology.epoch,
+            shards=self.last_shards,
+            sync_mode=next((status.sync_mode for _, status in answers if status is not None), ""),
+            dedupe_window_seconds=self._settings.capacity.event_id_window_s,
+            dedupe_capacity=self._settings.capacity.event_ids_per_shard,
+        )
+        response.start_time.FromNanoseconds(self._start_ns)
+        if response.user_count:
+            response.bytes_per_user = sum(shard.state_bytes for shard in self.last_shards) / response.user_count
+        return response.SerializeToString()
+
+    async def watch(self) -> None:
+        """Keeps `last_shards` fresh, until it is cancelled."""
+        while True:
+            self.last_shards = [_shard_status(location, status) for location, status in await self._router.status()]
+            await asyncio.sleep(REFRESH_INTERVAL_S)
+
+
+def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None) -> ShardStatus:
+    if status is None:
+        return ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
+    return ShardStatus(
+        shard_id=location.shard_id,
+        address=location.address,
+        state=status.state,
+        user_count=status.user_count,
+        event_count=status.event_count,
+        state_bytes=status.state_bytes,
+        log_position=status.log_position,
+        queued_bytes=status.queued_bytes,
+        duplicate_count=status.duplicate_count,
+        event_id_count=status.event_id_count,
+        resident_bytes=status.resident_bytes,
+        cpu_seconds=status.cpu_seconds,
+        pid=status.pid,
+    )
+
+
+def _describe(schema: Schema) -> admin_service_pb2.GetSchemaResponse:
+    layout = Layout.compile(schema)
+    response = admin_service_pb2.GetSchemaResponse(
+        name=schema.name,
+        ttl_seconds=schema.ttl_s or 0.0,
+        row_bytes=layout.row_bytes,
+        fingerprint=schema.fingerprint,
+        yaml=schema.text,
+    )
+    for event_type in schema.event_types:
+        response.events.add(name=event_type.name, weight=event_type.weight)
+    for feature, row_bytes in zip(schema.features, layout.feature_bytes, strict=True):
+        response.features.add(
+            name=feature.name,
+            kind=feature.kind,
+            # Kinds that read no attribute, or a number without a unit, have no such option.
+            attribute=getattr(feature.options, "attribute", ""),
+            unit=getattr(feature.options, "unit", None) or "",
+            events=feature.events,
+            half_life_seconds=feature.half_life_s or 0.0,
+            row_bytes=row_bytes,
+        )
+    return response
