@@ -22,7 +22,7 @@ from profile_service.wire.gather import gather
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import reason_name
 from profile_service.wire.scan import ScannedBatch, scan_batch
-from userprofile.v1 import event_service_pb2
+from userprofile.v1 import event_pb2, event_service_pb2
 
 NOW_S = 1_790_000_000
 NOW_NS = NOW_S * 10**9
@@ -37,7 +37,7 @@ NAMES = [name.encode() for name in (*PLAN.text_attributes, *PLAN.number_attribut
     b"colo",
     b"colour",
 ]
-TIGHT = Limits(user_id_bytes=24, event_id_bytes=12, attributes_per_event=4, attribute_bytes=20)
+TIGHT = Limits(user_id_bytes=16, event_id_bytes=10, attributes_per_event=3, attribute_bytes=40)
 
 SETTINGS = settings(
     max_examples=120,
@@ -47,6 +47,38 @@ SETTINGS = settings(
 )
 
 EVENTS = enc.events(TYPES, NAMES, NOW_S)
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.floats(), st.text(max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@st.composite
+def library_events(draw: st.DrawFn) -> bytes:
+    """Events as a producer's library writes them; most declared attributes are of their type."""
+    event = event_pb2.Event(
+        user_id=draw(st.text(min_size=1, max_size=12)), type=draw(st.sampled_from(PLAN.event_types))
+    )
+    if draw(st.booleans()):
+        event.time.FromNanoseconds(draw(st.integers(-(2**62), NOW_NS + 300 * 10**9)))
+    if draw(st.booleans()):
+        event.event_id = draw(st.text(max_size=12))
+    for name in draw(st.sets(st.sampled_from(PLAN.text_attributes))):
+        event.attributes[name] = draw(enc.mostly(st.text(max_size=30), JSON, 15))
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    for name in draw(st.sets(st.sampled_from(PLAN.number_attributes))):
+        event.attributes[name] = draw(enc.mostly(finite, JSON, 15))
+    event.attributes.update(draw(st.dictionaries(st.text(max_size=20), JSON, max_size=3)))
+    return event.SerializeToString()
+
+
+@SETTINGS
+@given(batch=st.lists(library_events(), max_size=6), limits=st.sampled_from([Limits(), TIGHT]))
+def test_what_a_library_writes_is_taken_iff_the_rules_take_it(batch: list[bytes], limits: Limits) -> None:
+    assert all(oracle.parse(event) for event in batch)
+    check_batch(batch, limits)
 
 
 @SETTINGS

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import struct
 from random import Random
+from typing import TypeVar
 
 from hypothesis import strategies as st
+
+T = TypeVar("T")
 
 VARINT, FIXED64, LENGTH, START, END, FIXED32 = range(6)
 
@@ -123,10 +126,15 @@ def mutate(message: bytes, random: Random) -> bytes:
     return bytes(mutated)
 
 
+def mostly(common: st.SearchStrategy[T], rare: st.SearchStrategy[T], times: int = 8) -> st.SearchStrategy[T]:
+    """`common` that many times as often as `rare`; `one_of` takes a strategy named twice for one."""
+    return st.sampled_from([common] * times + [rare]).flatmap(lambda chosen: chosen)
+
+
 texts = st.text(max_size=12).map(str.encode)
 """UTF-8 of all lengths of characters."""
 
-raw_texts = st.one_of(texts, texts, texts, st.binary(max_size=6))
+raw_texts = mostly(texts, st.binary(max_size=6), 30)
 """Mostly UTF-8."""
 
 paddings = st.sampled_from([0, 0, 0, 0, 1, 4])
@@ -149,13 +157,13 @@ unknown_fields = st.recursive(
         lambda number, payload, shift: group(number, b"".join(payload), number + shift),
         st.integers(1, 40),
         st.lists(inner, max_size=2),
-        st.sampled_from([0] * 9 + [1]),
+        st.sampled_from([0] * 29 + [1]),
     ),
     max_leaves=3,
 )
 
 values = st.recursive(
-    st.one_of(scalars, scalars, st.just(b""), unknown_fields),
+    mostly(scalars, st.one_of(st.just(b""), unknown_fields), 5),
     lambda inner: st.one_of(
         st.builds(list_value, st.lists(inner, max_size=3)),
         st.builds(struct_value, st.lists(st.tuples(raw_texts, inner), max_size=3)),
@@ -168,7 +176,7 @@ values = st.recursive(
 
 def attributes(names: list[bytes]) -> st.SearchStrategy[bytes]:
     """An encoded Struct whose entries are named by `names`, and are not all as a library writes them."""
-    name = st.one_of(st.sampled_from(names), st.sampled_from(names), raw_texts)
+    name = mostly(st.sampled_from(names), raw_texts)
     pieces = st.lists(
         st.one_of(
             st.builds(lambda key: delimited(1, key), name),
@@ -190,10 +198,11 @@ def attributes(names: list[bytes]) -> st.SearchStrategy[bytes]:
 def times(now_s: int) -> st.SearchStrategy[bytes]:
     """An encoded Timestamp, mostly near `now_s`, sometimes sent in odd pieces or beyond what it may hold."""
     edges = [-62_135_596_801, -62_135_596_800, -9_223_372_037, -9_223_372_036, 9_223_372_035, 9_223_372_036]
-    seconds = st.one_of(
-        st.integers(now_s - 1000, now_s + 300), st.integers(now_s, now_s + 400), st.sampled_from(edges), st.integers()
+    seconds = mostly(
+        st.integers(now_s - 1000, now_s + 300),
+        st.one_of(st.integers(now_s, now_s + 400), st.sampled_from(edges), st.integers()),
     )
-    nanos = st.one_of(st.integers(0, 999_999_999), st.integers(-2, 2**32 + 1))
+    nanos = mostly(st.integers(0, 999_999_999), st.integers(-2, 2**32 + 1))
     piece = st.one_of(
         st.builds(integer, st.just(1), seconds, paddings), st.builds(integer, st.just(2), nanos), unknown_fields
     )
@@ -202,7 +211,7 @@ def times(now_s: int) -> st.SearchStrategy[bytes]:
 
 def events(types: list[bytes], names: list[bytes], now_s: int) -> st.SearchStrategy[bytes]:
     """Encoded Events: most have the fields they need, in any order and any number."""
-    user = st.builds(delimited, st.just(1), raw_texts, paddings)
+    user = st.builds(delimited, st.just(1), mostly(texts.map(lambda text: b"v" + text), raw_texts), paddings)
     kind = st.builds(
         delimited, st.just(2), st.one_of(st.sampled_from(types), st.sampled_from(types), raw_texts), paddings
     )
@@ -221,7 +230,7 @@ def events(types: list[bytes], names: list[bytes], now_s: int) -> st.SearchStrat
     ).map(list)
     return st.builds(
         lambda first, rest, order: b"".join(order.sample(first + rest, len(first) + len(rest))),
-        st.one_of(needed, needed, needed, st.just([])),
+        mostly(needed, st.just([]), 15),
         st.lists(extra, max_size=5),
         st.randoms(use_true_random=False),
     )
