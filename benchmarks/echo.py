@@ -1,4 +1,5 @@
-"""The floor under every stream: a bare grpc.aio server that takes messages unparsed and answers each with a few bytes."""
+"""The floor under every stream: a bare grpc.aio server that takes messages unparsed and answers each with a few
+bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ async def _answer(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterato
 async def serve() -> None:
     """Serves on a free port until SIGTERM."""
     server = grpc.aio.server(options=OPTIONS)
-    handler = grpc.stream_stream_rpc_method_handler(_answer)
+    handler: Any = grpc.stream_stream_rpc_method_handler(_answer)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("benchmark.Echo", {"Stream": handler}),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -1,8 +1,9 @@
 """How many events a second go in, and what each costs: `python -m benchmarks.ingest`.
 
-The load is serialised beforehand: shoppers over car listings, four to six attributes an event, as the demo's sample. Producers send
-it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement; the totals are compared with
-GetStatus afterwards. In the same run, as floors: the same bytes through a bare grpc.aio echo, and the kernels alone.
+The load is serialised beforehand: shoppers over car listings, four to six attributes an event, as the demo's sample.
+Producers send it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement;
+the totals are compared with GetStatus afterwards. In the same run, as floors: the same bytes through a bare grpc.aio
+echo, and the kernels alone.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ import psutil
 import uvloop
 from rich.console import Console
 from rich.table import Table
-from userprofile.v1 import admin_service_pb2, event_service_pb2
 
 from benchmarks import echo
 from benchmarks.load import Load, build_load
 from benchmarks.processes import cpu_seconds, describe_machine, serve, started
+from userprofile.v1 import admin_service_pb2, event_service_pb2
 
 STREAM = "/userprofile.v1.EventService/StreamEvents"
 STATUS = "/userprofile.v1.AdminService/GetStatus"
 
 
 async def send(address: str, method: str, load: Load, producers: int, window: int) -> float:
-    """Sends every batch over so many streams at once, each with at most `window` unanswered; returns the seconds it took."""
+    """Sends every batch over so many streams at once, each with at most `window` unanswered; returns the seconds it
+    took."""
     async with grpc.aio.insecure_channel(address, options=echo.OPTIONS) as channel:
         await channel.channel_ready()
         started_at = time.perf_counter()
@@ -56,7 +58,8 @@ async def _produce(channel: grpc.aio.Channel, method: str, batches: list[bytes],
             # Fields of a message may come in pieces: the batch's events, then its sequence.
             yield batch + event_service_pb2.StreamEventsRequest(sequence=number).SerializeToString()
 
-    call = channel.stream_stream(method)(requests())
+    stream: Any = channel.stream_stream(method)
+    call = stream(requests())
     answered = -1 if method == echo.METHOD else 0
     async for message in call:
         before = answered
@@ -77,7 +80,8 @@ async def _produce(channel: grpc.aio.Channel, method: str, batches: list[bytes],
 async def counted(address: str) -> int:
     """Events that the service says it has counted."""
     async with grpc.aio.insecure_channel(address) as channel:
-        answer = await channel.unary_unary(STATUS)(b"", timeout=10)
+        ask: Any = channel.unary_unary(STATUS)
+        answer = await ask(b"", timeout=10)
         return int(admin_service_pb2.GetStatusResponse.FromString(answer).event_count)
 
 
@@ -99,7 +103,7 @@ def measure(root: psutil.Process, address: str, method: str, load: Load, options
 
 def median(rounds: list[dict[str, Any]], key: str) -> float:
     """The median of one figure over the rounds."""
-    return statistics.median(round_[key] for round_ in rounds)
+    return float(statistics.median(round_[key] for round_ in rounds))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Load:
     events: int
 
     def measure_kernels(self) -> dict[str, float]:
-        """What the kernels alone cost on one core, in µs an event: the median batch, in a table warmed by the batches before."""
+        """What the kernels alone cost on one core, in µs an event: the median batch, in a table warmed by the batches
+        before."""
         schema = load_schema(SCHEMA)
         plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         table = ProfileTable(schema)

@@ -1,0 +1,1 @@
+"""What a profile is: pure, without I/O, clock, Ray or gRPC."""

@@ -1,13 +1,14 @@
 """Forward decay on a grid of half-lives (after Cormode, Shkapenyuk, Srivastava, Xu: Forward Decay, ICDE 2009).
 
-An event of weight `w` at time `t` counts `w * 2**-((T - t) / h)` when read at `T`. Stored is `w * 2**(t / h - L)`, where the
-landmark `L` is a whole number of half-lives since 1970; reading multiplies by `2**(L - T / h)`. Updates are additions, so their
-order does not matter and a late event is exact.
+An event of weight `w` at time `t` counts `w * 2**-((T - t) / h)` when read at `T`. Stored is `w * 2**(t / h - L)`,
+where the landmark `L` is a whole number of half-lives since 1970; reading multiplies by `2**(L - T / h)`. Updates are
+additions, so their order does not matter and a late event is exact.
 
     t / h = grid + log2(mantissa),   grid a whole number,   1 <= mantissa < 2
 
-Because the landmark lies on the grid, moving it multiplies by a power of two, which floating point does without rounding. Each
-feature of each row has a landmark of its own: a feature that was last seen years ago keeps its full precision beside one seen now.
+Because the landmark lies on the grid, moving it multiplies by a power of two, which floating point does without
+rounding. Each feature of each row has a landmark of its own: a feature that was last seen years ago keeps its full
+precision beside one seen now.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ NO_LANDMARK = np.iinfo(np.int64).min
 """The landmark of a feature that has seen nothing."""
 
 RESCALE_STEPS = 64
-"""A landmark this many half-lives behind an event is moved up to it: float32 then still has 60 half-lives of room above, and 190 below."""
+"""A landmark this many half-lives behind an event is moved up to it: float32 then still has 60 half-lives of room
+above, and 190 below."""
 
 NS = 1_000_000_000
 
@@ -44,9 +46,9 @@ ROUNDED_BITS = (1 << 29) - 1
 def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
     """`total + weight` without the bits of `rounded_bits`, rounded up as often as their share of a unit asks for.
 
-    Rounding to the nearest errs the same way at each of many equal additions: ten thousand events would be wrong by one in ten
-    thousand. Here the error has no direction. What looks like chance is a hash of the sum, so that a replay gives the same
-    bits; sums that a float32 can hold exactly stay exact.
+    Rounding to the nearest errs the same way at each of many equal additions: ten thousand events would be wrong by one
+    in ten thousand. Here the error has no direction. What looks like chance is a hash of the sum, so that a replay
+    gives the same bits; sums that a float32 can hold exactly stay exact.
     """
     bits = np.float64(total + weight).view(np.uint64)
     noise = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)

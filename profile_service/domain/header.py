@@ -1,4 +1,5 @@
-"""The part of a row that every schema has: how many events, the first and last event time, and when one last arrived."""
+"""The part of a row that every schema has: how many events, the first and last event time, and when one last
+arrived."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ Open addressing with linear probing over XXH64. A table slot and what it points 
     entry (16 bytes)  | hash | place in the arena << 16, length |
     arena             the bytes themselves
 
-A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no tombstones
-gather. Entries and arena lie in reserved address space and never move when the table grows; only the slots are laid out anew.
+A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no
+tombstones gather. Entries and arena lie in reserved address space and never move when the table grows; only the slots
+are laid out anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import kernel, to_i64
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -55,9 +56,9 @@ def _find(
                         equal = False
                         break
                 if equal:
-                    return np.int64(at)
+                    return to_i64(at)
         at = (at + np.uint64(1)) & mask
-    return -1 - np.int64(at)
+    return -1 - to_i64(at)
 
 
 @kernel
@@ -82,7 +83,7 @@ def _find_many(
     """
     new = 0
     for i in range(len(key)):
-        size = np.int64(length[i])
+        size = to_i64(length[i])
         if size < 0:
             numbers[i] = -1
             continue
@@ -203,8 +204,8 @@ class ByteIndex:
     ) -> int:
         """Numbers of the strings at `offset`, `length` of `buffer` with the hashes `key`, into `numbers`.
 
-        A negative length is an absent string, whose number is -1, as is that of one not found when `insert` is off. The caller
-        has made room for what may be inserted. Returns how many were new.
+        A negative length is an absent string, whose number is -1, as is that of one not found when `insert` is off. The
+        caller has made room for what may be inserted. Returns how many were new.
         """
         fresh = self.high_water
         new = int(

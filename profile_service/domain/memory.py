@@ -1,6 +1,7 @@
 """Arrays in reserved address space: room for the largest size is reserved at once, pages come as they are touched.
 
-Growth therefore never copies and never doubles the memory in use, which matters where one array holds most of a machine's memory.
+Growth therefore never copies and never doubles the memory in use, which matters where one array holds most of a
+machine's memory.
 """
 
 from __future__ import annotations

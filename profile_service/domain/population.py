@@ -1,7 +1,7 @@
 """All users as one profile: the same slots and kernels as a user's row, in one row that is 64 bits wide.
 
-Each shard adds every event to its own population row. `PopulationRow.to_state` makes that portable; `Population.merge` adds the
-states of all shards up, which gives the prior of the categoricals and the answer of GetPopulation.
+Each shard adds every event to its own population row. `PopulationRow.to_state` makes that portable; `Population.merge`
+adds the states of all shards up, which gives the prior of the categoricals and the answer of GetPopulation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from userprofile.internal.v1 import population_pb2
 
 from profile_service.domain.features.base import VIEW_DTYPES, Batch, ReadContext, RowViews
 from profile_service.domain.features.categorical import CategoricalFeature
@@ -19,6 +18,7 @@ from profile_service.domain.index import ByteIndex
 from profile_service.domain.layout import Layout
 from profile_service.domain.profile import encode_profile
 from profile_service.domain.schema import Schema
+from userprofile.internal.v1 import population_pb2
 
 
 class PopulationRow:

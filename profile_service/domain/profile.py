@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from userprofile.v1 import profile_pb2
-
 from profile_service.domain.features.base import ReadContext, RowViews
 from profile_service.domain.layout import EVENT_COUNT, FIRST_SEEN, LAST_SEEN, Layout
+from userprofile.v1 import profile_pb2
 
 
 def encode_profile(

@@ -1,7 +1,8 @@
 """What a profile is: the schema, parsed from YAML and checked whole.
 
-`parse_schema` finds every fault of a file and says the line of each. What it returns is frozen and valid: nothing downstream checks
-again. `schema_yaml` turns text into values that know their lines; this module says what the values must be.
+`parse_schema` finds every fault of a file and says the line of each. What it returns is frozen and valid: nothing
+downstream checks again. `schema_yaml` turns text into values that know their lines; this module says what the values
+must be.
 """
 
 from __future__ import annotations

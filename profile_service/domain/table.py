@@ -134,7 +134,8 @@ class ProfileTable:
         names: Sequence[str] = (),
         population: Population | None = None,
     ) -> bytes:
-        """The user's encoded Profile as of `read_ns`; empty for a user never seen, or not heard of for the schema's TTL."""
+        """The user's encoded Profile as of `read_ns`; empty for a user never seen, or not heard of for the schema's
+        TTL."""
         row = self.users.get(user_id.encode())
         if row < 0 or not self._views.i8[row, EVENT_COUNT] or self._is_expired(row, read_ns):
             return b""

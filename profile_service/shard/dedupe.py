@@ -1,10 +1,11 @@
 """What makes a batch, a request and an event count once.
 
-    producer batches   the last sequence of each producer, by partition: a batch applied in part is completed, never repeated
-    request ids        the partitions that a request has reached, by request id
-    event ids          a bounded window of 64-bit keys, the oldest out first
+    producer batches   the last sequence of each producer, by partition: a batch applied in part is completed, never
+    repeated request ids        the partitions that a request has reached, by request id event ids          a bounded
+    window of 64-bit keys, the oldest out first
 
-All three are bounded in number and in time; time is the arrival time that the log holds, so that a replay decides alike.
+All three are bounded in number and in time; time is the arrival time that the log holds, so that a replay decides
+alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import kernel, to_i64
 from profile_service.domain.memory import reserve
 
 REQUEST_PREFIX = "request:"
@@ -102,12 +103,12 @@ def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     at = (key ^ (key >> np.uint64(29))) & mask
     while slots[at] != np.uint64(0) and slots[at] != key:
         at = (at + np.uint64(1)) & mask
-    return np.int64(at)
+    return to_i64(at)
 
 
 @kernel
 def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
-    mask = np.int64(len(slots) - 1)
+    mask = len(slots) - 1
     hole = _place(slots, key)
     probe = hole
     while True:
@@ -115,7 +116,7 @@ def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
         held = slots[probe]
         if held == np.uint64(0):
             break
-        home = np.int64((held ^ (held >> np.uint64(29))) & np.uint64(mask))
+        home = to_i64((held ^ (held >> np.uint64(29))) & np.uint64(mask))
         if ((probe - home) & mask) >= ((probe - hole) & mask):
             slots[hole] = held
             hole = probe
@@ -162,8 +163,8 @@ def _admit(
 class EventIdWindow:
     """The keys of the event ids seen lately: at most `capacity` of them, none older than `window_ns`.
 
-    A key is the XXH64 of the event id seeded with that of the user id: among two million of them, two different ids share one with
-    a probability of one in ten million.
+    A key is the XXH64 of the event id seeded with that of the user id: among two million of them, two different ids
+    share one with a probability of one in ten million.
     """
 
     def __init__(self, capacity: int, window_ns: int) -> None:

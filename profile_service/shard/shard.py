@@ -4,9 +4,9 @@
                                                                                            ▲
     read ──────────────────────────────────────────── between two slices of applying ──────┘
 
-Everything is checked before it is appended, so that applying cannot fail: what is readable is durable, what is answered is both.
-While one group syncs, the next one gathers. Applying runs on the loop in slices of about a millisecond; a read between two of
-them sees whole events only.
+Everything is checked before it is appended, so that applying cannot fail: what is readable is durable, what is answered
+is both. While one group syncs, the next one gathers. Applying runs on the loop in slices of about a millisecond; a read
+between two of them sees whole events only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from userprofile.internal.v1 import shard_pb2
 
 from profile_service.clock import Clock
 from profile_service.config import Capacity
@@ -34,6 +33,7 @@ from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
 from profile_service.storage.log import Log
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
+from userprofile.internal.v1 import shard_pb2
 
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""

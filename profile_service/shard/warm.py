@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from userprofile.internal.v1 import shard_pb2
-from userprofile.v1 import event_service_pb2
 
 from profile_service.clock import system_clock
 from profile_service.config import Capacity, Limits
@@ -17,10 +15,13 @@ from profile_service.storage.log import MemoryLog
 from profile_service.wire.gather import gather, split_by_owner
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import event_service_pb2
 
 
 def warm_kernels(schema: Schema) -> None:
-    """Takes a few events of every type the whole way through a shard of its own: scan, split, gather, decode, apply, read."""
+    """Takes a few events of every type the whole way through a shard of its own: scan, split, gather, decode, apply,
+    read."""
     asyncio.run(_warm(schema))
 
 

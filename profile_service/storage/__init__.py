@@ -1,0 +1,1 @@
+"""How bytes survive; it knows nothing of profiles."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,8 @@ features:
   make:     {kind: top_k, attribute: make, k: 40}
   few:      {kind: top_k, attribute: make, k: 3, half_life: none}
   price:    {kind: distribution, attribute: price, bins: {scale: log, min: 1, max: 1000, count: 7}}
-  bought:   {kind: distribution, attribute: price, events: [buy], half_life: none, bins: {scale: linear, min: -5, max: 5, count: 4}}
+  bought:   {kind: distribution, attribute: price, events: [buy], half_life: none,
+             bins: {scale: linear, min: -5, max: 5, count: 4}}
   bands:    {kind: distribution, attribute: price, half_life: 1d, bins: {scale: explicit, edges: [0, 10, 11, 500]}}
   buys:     {kind: counter, events: [buy], half_life: none}
   activity: {kind: counter, half_life: 12h}
@@ -61,7 +64,9 @@ AGES_NS = st.one_of(
 @st.composite
 def events(draw: st.DrawFn) -> Event:
     attributes: dict[str, str | float] = {}
-    for name, values in (("color", st.sampled_from(["red", "blue", "no", "pink", ""])), ("make", MAKES), ("price", PRICES)):
+    colors = st.sampled_from(["red", "blue", "no", "pink", ""])
+    choices: dict[str, st.SearchStrategy[Any]] = {"color": colors, "make": MAKES, "price": PRICES}
+    for name, values in choices.items():
         if draw(st.integers(0, 3)):
             attributes[name] = draw(values)
     return Event(
@@ -114,10 +119,10 @@ def test_any_batching_gives_the_oracles_profile(given_events: list[Event], data:
 
 @settings(max_examples=60)
 @given(st.lists(events(), min_size=2, max_size=40, unique_by=lambda event: event.time_ns), st.randoms())
-def test_any_order_of_arrival_gives_the_same_profile(given_events: list[Event], random: object) -> None:
+def test_any_order_of_arrival_gives_the_same_profile(given_events: list[Event], random: Random) -> None:
     """Times differ, so that even what goes by event time has one answer."""
     shuffled = list(given_events)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     table, oracle = fresh_table(), ProfileOracle(SCHEMA)
     apply(table, shuffled)
     for event in given_events:

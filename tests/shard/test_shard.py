@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
-from userprofile.internal.v1 import shard_pb2
-from userprofile.v1 import event_service_pb2, profile_pb2
 
 from profile_service.config import Capacity
 from profile_service.domain.schema import parse_schema
@@ -16,6 +14,8 @@ from profile_service.domain.table import ProfileTable
 from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, Unavailable
 from profile_service.shard.shard import RECORD_FORGET, Shard
 from profile_service.storage.log import MemoryLog
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import event_service_pb2, profile_pb2
 
 NOW_NS = 1_790_000_000 * 10**9
 
@@ -50,6 +50,18 @@ class SlowLog(MemoryLog):
         await self.released.wait()
         if self.failure:
             raise self.failure
+
+
+class ForgettingLog(MemoryLog):
+    """A log that says when a record of forgotten users was synced."""
+
+    def __init__(self) -> None:
+        super().__init__(retained_bytes=1 << 20)
+        self.forgotten = asyncio.Event()
+
+    async def sync(self) -> None:
+        if self.records[-1][1] == RECORD_FORGET:
+            self.forgotten.set()
 
 
 def part(
@@ -87,7 +99,7 @@ async def running(
         owned=owned,
         epoch=7,
         log=log or MemoryLog(),
-        capacity=Capacity(**capacity),  # type: ignore[arg-type]
+        capacity=Capacity(**capacity),
         clock=clock or Clock(),
         table=ProfileTable(SCHEMA, most_users=100_000, most_texts=100_000),
     )
@@ -241,14 +253,14 @@ async def test_an_unknown_feature_is_named() -> None:
 
 async def test_a_user_not_heard_of_for_the_ttl_is_forgotten_by_way_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("profile_service.shard.shard.EXPIRY_INTERVAL_S", 0.01)
-    log, clock = MemoryLog(retained_bytes=1 << 20), Clock()
+    log, clock = ForgettingLog(), Clock()
     async with running(log, clock) as shard:
         await shard.submit([part(["u1", "u2"])], 100, 7)
         clock.now_ns += 11 * 86400 * 10**9
         assert read(shard, "u1") is None
         async with asyncio.timeout(10):
-            while shard.status().user_count:
-                await asyncio.sleep(0.005)
+            await log.forgotten.wait()
+        assert shard.status().user_count == 0
         assert [record for _, record, _ in log.records][-1] == RECORD_FORGET
         fresh = part(["u1"])
         fresh.arrival_time_ns = clock.now_ns

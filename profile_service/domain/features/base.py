@@ -1,7 +1,7 @@
 """What every feature kind offers. A kind is one file of this package and one line of its registry.
 
-A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a row that it
-owns. A feature has four verbs over rows:
+A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a
+row that it owns. A feature has four verbs over rows:
 
     update     adds a run of events to their rows (a numba kernel over columns: no Python object per event)
     merge      adds one row's values to another's
@@ -25,9 +25,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, ROUNDED_BITS, half_life_to_ns
+from userprofile.v1 import profile_pb2
 
 VIEW_DTYPES: dict[str, np.dtype[Any]] = {
     "f8": np.dtype(np.float64),
@@ -39,12 +39,16 @@ VIEW_DTYPES: dict[str, np.dtype[Any]] = {
 """Views of a row, widest first, so that every section of the row is aligned."""
 
 
+Weights = NDArray[np.float32] | NDArray[np.float64]
+"""The `f4` view: 32 bits wide in users' rows, 64 in the population's."""
+
+
 class RowViews(NamedTuple):
     """Rows as typed matrices, (rows, slots) each."""
 
     f8: NDArray[np.float64]
     i8: NDArray[np.int64]
-    f4: NDArray[np.float32] | NDArray[np.float64]
+    f4: Weights
     u4: NDArray[np.uint32]
     u1: NDArray[np.uint8]
 
@@ -68,7 +72,8 @@ class Batch:
     mantissas: list[NDArray[np.float64]]
     """By half-life index: 2 ** the rest."""
     text_ids: NDArray[np.uint32]
-    """(text attributes, events): interned id, 0 where absent; filled for the attributes that some feature keeps as text."""
+    """(text attributes, events): interned id, 0 where absent; filled for the attributes that some feature keeps as
+    text."""
     text_present: NDArray[np.int32]
     """(text attributes, events): length in bytes, -1 where absent."""
     text_hash: NDArray[np.uint64]
@@ -113,7 +118,8 @@ class ReadContext:
     text_of: Callable[[int], str]
     """The text behind an interned id."""
     population_weights: Callable[[str], NDArray[np.float64] | None] = field(default=lambda _name: None)
-    """By feature name: the population's decayed weights of a categorical's values at `read_ns`; None before it is known."""
+    """By feature name: the population's decayed weights of a categorical's values at `read_ns`; None before it is
+    known."""
 
 
 @dataclass(frozen=True)

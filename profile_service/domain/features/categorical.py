@@ -1,4 +1,5 @@
-"""`categorical`: how likely each value of a closed list is, by the decayed weight of the events that had it and a prior.
+"""`categorical`: how likely each value of a closed list is, by the decayed weight of the events that had it and a
+prior.
 
 The likelihood is the mean of a Dirichlet posterior: `p_v = (W_v + a * prior_v) / (W + a)`.
 """
@@ -10,7 +11,6 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
@@ -22,9 +22,11 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    Weights,
     rounded_bits,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 OTHER = "other"
 
@@ -52,7 +54,7 @@ class CategoricalOptions(KindOptions):
 
 @kernel
 def _update(
-    f4: NDArray[np.float32],
+    f4: Weights,
     rounded_bits: int,
     i8: NDArray[np.int64],
     slot: int,

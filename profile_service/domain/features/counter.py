@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
@@ -18,6 +17,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 
 class CounterOptions(KindOptions):

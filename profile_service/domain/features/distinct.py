@@ -1,7 +1,7 @@
 """`distinct`: how many different values were seen, by HyperLogLog.
 
-Flajolet et al., 2007, with registers of six bits packed four to three bytes, and the estimator of Ertl, New cardinality estimation
-algorithms for HyperLogLog sketches (2017), which needs no tables of empirical bias and holds from 0 upwards.
+Flajolet et al., 2007, with registers of six bits packed four to three bytes, and the estimator of Ertl, New cardinality
+estimation algorithms for HyperLogLog sketches (2017), which needs no tables of empirical bias and holds from 0 upwards.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.features.base import (
     Batch,
@@ -24,6 +23,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 
 class DistinctOptions(KindOptions):

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
@@ -23,9 +22,11 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    Weights,
     rounded_bits,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 PROBABILITIES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -103,7 +104,7 @@ def _bin_of(edges: NDArray[np.float64], value: float) -> int:
 @kernel
 def _update(
     f8: NDArray[np.float64],
-    f4: NDArray[np.float32],
+    f4: Weights,
     rounded_bits: int,
     i8: NDArray[np.int64],
     moments: int,

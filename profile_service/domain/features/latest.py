@@ -7,7 +7,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.features.base import (
     Batch,
@@ -20,6 +19,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 
 class LatestOptions(KindOptions):

@@ -1,4 +1,5 @@
-"""`recent`: the newest values by event time, each once, the newest first; of two at the same time, the later arrival first."""
+"""`recent`: the newest values by event time, each once, the newest first; of two at the same time, the later arrival
+first."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.features.base import (
     Batch,
@@ -20,6 +20,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 
 class RecentOptions(KindOptions):

@@ -1,9 +1,10 @@
 """`top_k`: the heaviest values of an open vocabulary, by Space-Saving over decayed weights.
 
-Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k Elements in Data Streams, ICDT 2005. A value that finds
-no free counter takes over the lightest one: it starts from that one's weight, which is also the most it can be overcounted by. So
-`weight - error <= true weight <= weight`, and with at most k different values everything is exact. Two summaries merge as in
-Agarwal et al., Mergeable Summaries, PODS 2012: what one of them does not list may have had as much as its lightest counter.
+Metwally, Agrawal, El Abbadi: Efficient Computation of Frequent and Top-k Elements in Data Streams, ICDT 2005. A value
+that finds no free counter takes over the lightest one: it starts from that one's weight, which is also the most it can
+be overcounted by. So `weight - error <= true weight <= weight`, and with at most k different values everything is
+exact. Two summaries merge as in Agarwal et al., Mergeable Summaries, PODS 2012: what one of them does not list may have
+had as much as its lightest counter.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
 from profile_service.domain.features.base import (
@@ -25,9 +25,11 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    Weights,
     rounded_bits,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 POPULATION_COUNTERS = 64
 """The population keeps at least so many counters: one row for all users can afford the smaller errors."""
@@ -43,7 +45,7 @@ class TopKOptions(KindOptions):
 @kernel
 def _update(
     f8: NDArray[np.float64],
-    f4: NDArray[np.float32],
+    f4: Weights,
     rounded_bits: int,
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],

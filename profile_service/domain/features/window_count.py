@@ -1,8 +1,8 @@
 """`window_count`: events in the window that ends at the read, to the bucket.
 
-Buckets of equal width are numbered from 1970. The row holds the newest bucket's number (`head`) and a ring of counts, long enough
-for the window and for the five minutes that an event may lie in the future. Counted is every bucket `b` with
-`floor(T / bucket) - ceil(window / bucket) < b <= floor(T / bucket)`.
+Buckets of equal width are numbered from 1970. The row holds the newest bucket's number (`head`) and a ring of counts,
+long enough for the window and for the five minutes that an event may lie in the future. Counted is every bucket `b`
+with `floor(T / bucket) - ceil(window / bucket) < b <= floor(T / bucket)`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import model_validator
-from userprofile.v1 import profile_pb2
 
 from profile_service.domain.decay import NO_LANDMARK, NS
 from profile_service.domain.duration import Duration
@@ -25,6 +24,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
 )
 from profile_service.domain.kernel import kernel
+from userprofile.v1 import profile_pb2
 
 FUTURE_S = 300.0
 MOST_BUCKETS = 10_000

@@ -42,7 +42,7 @@ class Oracle:
     def decay(self, time_ns: int, read_ns: int) -> float:
         if self.half_life_s is None:
             return 1.0
-        return 2.0 ** -((read_ns - time_ns) / (self.half_life_s * NS))
+        return float(2.0 ** -((read_ns - time_ns) / (self.half_life_s * NS)))
 
     def newest_scale(self, read_ns: int) -> float:
         """The largest decay factor: what is far below it may be lost in 32 bits."""
