@@ -105,10 +105,12 @@ class RecentFeature(Feature):
         return [(when, held) for when, held in zip(times, ids, strict=True) if held != 0]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
+        # A stable sort keeps each list's own order of arrival among equal times.
+        entries = sorted([*self._entries(target, row), *self._entries(source, source_row)], key=lambda entry: -entry[0])
         newest: dict[int, int] = {}
-        for when, held in [*self._entries(target, row), *self._entries(source, source_row)]:
-            newest[held] = max(when, newest.get(held, when))
-        kept = sorted(newest.items(), key=lambda item: -item[1])[: self.size]
+        for when, held in entries:
+            newest.setdefault(held, when)
+        kept = list(newest.items())[: self.size]
         target.u4[row, self.ids : self.ids + self.size] = 0
         target.i8[row, self.times : self.times + self.size] = 0
         for j, (held, when) in enumerate(kept):
