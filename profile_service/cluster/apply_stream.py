@@ -164,7 +164,7 @@ class ApplyStream(OwnerStream):
     ) -> ProfileServiceError | None:
         """What the part ends with; None where it is sent again."""
         match status:
-            case Status.STATUS_UNSPECIFIED if not part.batch.lane.producer_id:
+            case Status.STATUS_UNSPECIFIED | Status.STATUS_LOST if not part.batch.lane.producer_id:
                 return Unavailable(
                     f"shard {self._shard_id} was lost before it answered ({message}); "
                     "the events may have been counted, and without a producer_id they are not sent again",

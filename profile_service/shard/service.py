@@ -109,10 +109,10 @@ class ShardServer:
         async def take(encoded: bytes) -> None:
             request = shard_pb2.ApplyRequest.FromString(encoded)
             submission = None if exchange.refused else await self._submit(request, len(encoded))
-            if submission is not None and submission.done() and submission.exception() is not None:
-                # Known before the next request is read.
-                exchange.refused = True
-            exchange.run(self._apply_result(request.request_id, submission, exchange), len(encoded))
+            refused = submission is not None and submission.done() and submission.exception() is not None
+            # Known before the next request is read.
+            exchange.refused |= refused
+            exchange.run(self._apply_result(request.request_id, submission, refused, exchange), len(encoded))
 
         async for results in exchange.carry(requests, take, context):
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
@@ -131,7 +131,11 @@ class ShardServer:
             await asyncio.sleep(OVERLOAD_POLL_S)
 
     async def _apply_result(
-        self, request_id: int, submission: asyncio.Task[None] | None, exchange: _Exchange[ApplyResult]
+        self,
+        request_id: int,
+        submission: asyncio.Task[None] | None,
+        refused: bool,
+        exchange: _Exchange[ApplyResult],
     ) -> ApplyResult:
         if submission is None:
             status, message = ApplyStatus.STATUS_AFTER_REFUSAL, "an earlier request of the stream was refused"
@@ -141,7 +145,7 @@ class ShardServer:
                 await submission
             except ProfileServiceError as error:
                 exchange.refused = True
-                status, message = _apply_status(error), error.message
+                status, message = _apply_status(error, refused=refused), error.message
         return ApplyResult(request_id=request_id, status=status, message=message)
 
     async def _read(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
@@ -275,7 +279,8 @@ def _users_of(request: shard_pb2.ReadRequest) -> int:
     return sum(max(1, len(query.user_ids)) for query in request.queries)
 
 
-def _apply_status(error: ProfileServiceError) -> ApplyStatus.ValueType:
+def _apply_status(error: ProfileServiceError, *, refused: bool) -> ApplyStatus.ValueType:
+    """The status of a request that was refused when it came, or that ended with an error later."""
     match error:
         case NotMine():
             return ApplyStatus.STATUS_NOT_MINE
@@ -283,7 +288,7 @@ def _apply_status(error: ProfileServiceError) -> ApplyStatus.ValueType:
             return ApplyStatus.STATUS_OVERLOADED
         case InvalidArgument():
             return ApplyStatus.STATUS_MALFORMED
-    return ApplyStatus.STATUS_UNAVAILABLE
+    return ApplyStatus.STATUS_UNAVAILABLE if refused else ApplyStatus.STATUS_LOST
 
 
 def _read_status(error: ProfileServiceError) -> ReadStatus.ValueType:

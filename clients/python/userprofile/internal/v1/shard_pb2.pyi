@@ -111,6 +111,8 @@ class ApplyResponse(google.protobuf.message.Message):
         """The shard is shutting down; nothing was kept."""
         STATUS_AFTER_REFUSAL: ApplyResponse._Status.ValueType  # 6
         """An earlier request of this stream was refused; nothing was kept."""
+        STATUS_LOST: ApplyResponse._Status.ValueType  # 7
+        """The shard failed while it held the request, which may or may not have been kept."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
         """How a request ended."""
@@ -129,6 +131,8 @@ class ApplyResponse(google.protobuf.message.Message):
     """The shard is shutting down; nothing was kept."""
     STATUS_AFTER_REFUSAL: ApplyResponse.Status.ValueType  # 6
     """An earlier request of this stream was refused; nothing was kept."""
+    STATUS_LOST: ApplyResponse.Status.ValueType  # 7
+    """The shard failed while it held the request, which may or may not have been kept."""
 
     @typing.final
     class Result(google.protobuf.message.Message):

@@ -1,0 +1,182 @@
+"""Shards in the test's own event loop, each behind its real gRPC server, and a topology that the test changes. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from sortedcontainers import SortedDict
+
+from profile_service.clock import system_clock
+from profile_service.cluster.router import Router
+from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.config import Capacity, Limits, Settings
+from profile_service.domain.schema import parse_schema
+from profile_service.domain.table import ProfileTable
+from profile_service.shard.service import ShardServer
+from profile_service.shard.shard import Shard
+from profile_service.storage.log import MemoryLog
+from profile_service.wire.plan import WirePlan
+from profile_service.wire.scan import ScannedBatch, scan_batch
+from userprofile.internal.v1 import shard_pb2
+from userprofile.v1 import event_service_pb2
+
+SCHEMA = parse_schema(
+    """
+name: test
+events: {view: {weight: 1}, contact: {weight: 8}}
+half_life: none
+features:
+  color: {kind: categorical, attribute: color, values: [red, blue], prior: population, prior_strength: 2}
+  views: {kind: counter, events: [view]}
+  contacts: {kind: counter, events: [contact]}
+"""
+)
+PLAN = WirePlan.compile(SCHEMA.event_type_names, SCHEMA.text_attributes, SCHEMA.number_attributes)
+PARTITION_BITS = 4
+
+
+def encode(user_ids: Iterable[str], *, event_type: str = "view", **fields: Any) -> bytes:
+    """A StreamEventsRequest or IngestEventsRequest (their `events` are the same) with one event a user."""
+    message: Any = (event_service_pb2.IngestEventsRequest if "request_id" in fields else None) or (
+        event_service_pb2.StreamEventsRequest
+    )
+    request = message(**fields)
+    for user_id in user_ids:
+        request.events.add(user_id=user_id, type=event_type)
+    return cast(bytes, request.SerializeToString())
+
+
+def scan(message: bytes, now_ns: int | None = None) -> ScannedBatch:
+    return scan_batch(message, PLAN, Limits(), system_clock() if now_ns is None else now_ns)
+
+
+class LocalCluster:
+    """Shards and who owns what.
+
+    Args:
+        make_shard: (shard id, epoch, owned partitions) -> what serves; a real Shard where it is not given.
+    """
+
+    def __init__(
+        self, shards: int, capacity: Capacity, make_shard: Callable[[int, int, list[int]], Any] | None = None
+    ) -> None:
+        self.capacity = capacity
+        self.settings = Settings(capacity=capacity)
+        self._make = make_shard or self._real_shard
+        self.shards: dict[int, Any] = {}
+        self._servers: dict[int, ShardServer] = {}
+        self._writers: list[asyncio.Task[None]] = []
+        self.topology = Topology.even(PARTITION_BITS, [ShardLocation(number, "") for number in range(shards)])
+        self.asked = 0
+        """How often the topology was asked for."""
+
+    async def source(self) -> Topology:
+        self.asked += 1
+        return self.topology
+
+    async def start(self) -> None:
+        for location in self.topology.shards:
+            owned = self.topology.owned_by(location.shard_id)
+            shard = self._make(location.shard_id, self.topology.epoch, owned)
+            self.shards[location.shard_id] = shard
+            if isinstance(shard, Shard):
+                self._writers.append(asyncio.create_task(shard.run()))
+        await self.serve(*self.shards)
+
+    async def serve(self, *shard_ids: int) -> None:
+        """These shards begin to serve, at new addresses; all shards hear of the new epoch before the router does."""
+        places = {}
+        for shard_id in shard_ids:
+            self._servers[shard_id] = ShardServer(self.shards[shard_id], self.settings)
+            places[shard_id] = ShardLocation(shard_id, await self._servers[shard_id].start())
+        self.publish(self.topology.with_shards(places))
+
+    async def cut(self, shard_id: int) -> None:
+        """The shard's server ends at once, with every connection to it; the shard's state stays."""
+        await self._servers.pop(shard_id).stop(0)
+
+    def publish(self, topology: Topology) -> None:
+        for shard_id, shard in self.shards.items():
+            shard.update_topology(topology.epoch, topology.owned_by(shard_id))
+        self.topology = topology
+
+    def give(self, owners: Mapping[int, int]) -> None:
+        """Range starts -> shards, from the next epoch on."""
+        topology = self.topology
+        self.publish(
+            Topology(topology.epoch + 1, topology.partition_bits, topology.shards, SortedDict(owners)).validated()
+        )
+
+    async def stop(self) -> None:
+        for server in self._servers.values():
+            await server.stop(0)
+        for shard in self.shards.values():
+            await shard.close()
+        await asyncio.gather(*self._writers)
+
+    def _real_shard(self, shard_id: int, epoch: int, owned: list[int]) -> Shard:
+        return Shard(
+            shard_id,
+            SCHEMA,
+            partition_bits=PARTITION_BITS,
+            owned=owned,
+            epoch=epoch,
+            log=MemoryLog(),
+            capacity=self.capacity,
+            clock=system_clock,
+            table=ProfileTable(SCHEMA, most_users=10_000, most_texts=1_000),
+        )
+
+
+@asynccontextmanager
+async def running(
+    shards: int = 2,
+    capacity: Capacity | None = None,
+    make_shard: Callable[[int, int, list[int]], Any] | None = None,
+) -> AsyncIterator[tuple[LocalCluster, Router]]:
+    """A cluster and a router to it."""
+    cluster = LocalCluster(shards, capacity or Capacity(event_ids_per_shard=1024), make_shard)
+    await cluster.start()
+    router = Router(cluster.source, scan, Limits(), cluster.capacity)
+    await router.start()
+    try:
+        yield cluster, router
+    finally:
+        await router.close()
+        await cluster.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds; the test's timeout ends it otherwise."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.002)
+
+
+class FakeShard:
+    """The part of Shard that the server calls, scripted: subclasses override `submit` or `read`."""
+
+    def __init__(self, shard_id: int, epoch: int, owned: list[int]) -> None:
+        self.shard_id = shard_id
+        self.epoch = epoch
+        self.owned = set(owned)
+        self.requests: list[list[shard_pb2.ApplyRequest.Part]] = []
+        """Parts of each request that was taken."""
+
+    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+        self.requests.append(list(parts))
+
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+        return [user_id.encode() for user_id in user_ids]
+
+    def acknowledged(self, producer_id: str) -> int:
+        return 0
+
+    def update_topology(self, epoch: int, owned: Iterable[int]) -> None:
+        self.epoch = epoch
+        self.owned = set(owned)
+
+    async def close(self) -> None:
+        pass
