@@ -67,10 +67,10 @@ def generate_events(shoppers: int, events: int, seed: int, listings: Listings | 
 
     The same arguments give the same events.
     """
-    return generate(bundled_listings() if listings is None else listings, shoppers, events, seed).events
+    return make_sample(bundled_listings() if listings is None else listings, shoppers, events, seed).events
 
 
-def generate(listings: Listings, shoppers: int, events: int, seed: int) -> Sample:
+def make_sample(listings: Listings, shoppers: int, events: int, seed: int) -> Sample:
     """Tastes and events; from `MOST_TASTES` shoppers on, several share a taste."""
     rng = np.random.default_rng(seed)
     tastes = draw_tastes(listings, min(shoppers, MOST_TASTES), rng)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from profile_service.sample import EVENTS_FILE, LISTINGS_FILE, SHOPPERS_FILE, generate, write_events, write_tastes
+from profile_service.sample import EVENTS_FILE, LISTINGS_FILE, SHOPPERS_FILE, make_sample, write_events, write_tastes
 from profile_service.sample.listings import clean_listings
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     listings = clean_listings(arguments.listings, arguments.keep, arguments.seed)
-    sample = generate(listings, arguments.shoppers, arguments.events, arguments.seed)
+    sample = make_sample(listings, arguments.shoppers, arguments.events, arguments.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     listings.write(arguments.out / LISTINGS_FILE)
     write_tastes(sample.tastes, arguments.out / SHOPPERS_FILE)

@@ -1,0 +1,140 @@
+"""`serve`: the whole service on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from profile_service.commands.options import flag
+from profile_service.config import Capacity, Limits, Settings, default_shards
+
+if TYPE_CHECKING:
+    from profile_service.launcher import Service
+
+LIMITS, CAPACITY = Limits(), Capacity()
+_LIMITS = "Limits: beyond them a request, or one event of it, is refused"
+_CAPACITY = "Capacity: beyond it callers are told to wait"
+
+NOT_KEPT = "note: profiles and log are held in memory by this version; nothing is kept across a restart"
+
+Schema = Annotated[str, flag("--schema", "Schema file, or a shipped schema: marketplace, retail.", metavar="FILE")]
+DataDir = Annotated[Path | None, flag("--data-dir", "Directory for the service's files; made if missing.")]
+Shards = Annotated[int, flag("--shards", "Shards; one for each core but the frontend's by default.", min=1, max=256)]
+Host = Annotated[str, flag("--host", "Address to listen on; 0.0.0.0 is every one.")]
+GrpcPort = Annotated[int, flag("--grpc-port", "Port of gRPC; 0 takes a free one.", min=0, max=65535)]
+HttpPort = Annotated[int, flag("--http-port", "Port of REST; 0 takes a free one.", min=0, max=65535)]
+
+
+def serve(
+    schema: Schema = "marketplace",
+    data_dir: DataDir = None,
+    shards: Shards = default_shards(),  # noqa: B008  shown in the help
+    store: Annotated[str, flag("--store", "What holds the profiles: local.")] = "local",
+    host: Host = "127.0.0.1",
+    grpc_port: GrpcPort = 50051,
+    http_port: HttpPort = 8080,
+    drain_timeout_s: Annotated[
+        float, flag("--drain-timeout-s", "Seconds that a stop waits for what was accepted.", min=0.0)
+    ] = 30.0,
+    user_id_bytes: Annotated[int, flag("--user-id-bytes", "Longest user id.", panel=_LIMITS, min=1)] = (
+        LIMITS.user_id_bytes
+    ),
+    event_id_bytes: Annotated[int, flag("--event-id-bytes", "Longest event id.", panel=_LIMITS, min=1)] = (
+        LIMITS.event_id_bytes
+    ),
+    producer_id_bytes: Annotated[int, flag("--producer-id-bytes", "Longest producer id.", panel=_LIMITS, min=1)] = (
+        LIMITS.producer_id_bytes
+    ),
+    attributes_per_event: Annotated[
+        int, flag("--attributes-per-event", "Most attributes of an event.", panel=_LIMITS, min=0)
+    ] = LIMITS.attributes_per_event,
+    attribute_bytes: Annotated[
+        int, flag("--attribute-bytes", "Longest name or value of an attribute.", panel=_LIMITS, min=1)
+    ] = LIMITS.attribute_bytes,
+    message_bytes: Annotated[int, flag("--message-bytes", "Largest message.", panel=_LIMITS, min=1024)] = (
+        LIMITS.message_bytes
+    ),
+    events_per_batch: Annotated[int, flag("--events-per-batch", "Most events of a batch.", panel=_LIMITS, min=1)] = (
+        LIMITS.events_per_batch
+    ),
+    users_per_read: Annotated[int, flag("--users-per-read", "Most users of a batch read.", panel=_LIMITS, min=1)] = (
+        LIMITS.users_per_read
+    ),
+    future_s: Annotated[
+        float, flag("--future-s", "Seconds that an event's time may lie ahead.", panel=_LIMITS, min=0.0)
+    ] = LIMITS.future_s,
+    shard_queue_bytes: Annotated[
+        int, flag("--shard-queue-bytes", "Event bytes that may wait in a shard.", panel=_CAPACITY, min=1024)
+    ] = CAPACITY.shard_queue_bytes,
+    stream_window_bytes: Annotated[
+        int, flag("--stream-window-bytes", "Unacknowledged bytes of a producer's stream.", panel=_CAPACITY, min=1024)
+    ] = CAPACITY.stream_window_bytes,
+    owner_window_bytes: Annotated[
+        int, flag("--owner-window-bytes", "Unacknowledged bytes to one shard.", panel=_CAPACITY, min=1024)
+    ] = CAPACITY.owner_window_bytes,
+    event_ids_per_shard: Annotated[
+        int, flag("--event-ids-per-shard", "Event ids that a shard remembers.", panel=_CAPACITY, min=0)
+    ] = CAPACITY.event_ids_per_shard,
+    event_id_window_s: Annotated[
+        float, flag("--event-id-window-s", "Seconds that an event id is remembered.", panel=_CAPACITY, min=0.0)
+    ] = CAPACITY.event_id_window_s,
+    producer_window_s: Annotated[
+        float, flag("--producer-window-s", "Seconds that an idle producer is remembered.", panel=_CAPACITY, min=0.0)
+    ] = CAPACITY.producer_window_s,
+) -> None:
+    """Runs the whole service on this machine. Ctrl-C drains and stops it; a second one stops it at once.
+
+    Example:  profile-service serve --schema retail --grpc-port 50051 --http-port 8080
+
+    It prints `ready: gRPC HOST:PORT, REST http://HOST:PORT` once it can be used.
+    """
+    from profile_service.commands.service import StopSignal, check_store, running
+
+    check_store(store)
+    settings = Settings(
+        schema_path=schema_file(schema),
+        data_dir=data_dir,
+        shards=shards,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        limits=Limits(
+            user_id_bytes=user_id_bytes,
+            event_id_bytes=event_id_bytes,
+            producer_id_bytes=producer_id_bytes,
+            attributes_per_event=attributes_per_event,
+            attribute_bytes=attribute_bytes,
+            message_bytes=message_bytes,
+            events_per_batch=events_per_batch,
+            users_per_read=users_per_read,
+            future_s=future_s,
+        ),
+        capacity=Capacity(
+            shard_queue_bytes=shard_queue_bytes,
+            stream_window_bytes=stream_window_bytes,
+            owner_window_bytes=owner_window_bytes,
+            event_ids_per_shard=event_ids_per_shard,
+            event_id_window_s=event_id_window_s,
+            producer_window_s=producer_window_s,
+        ),
+        drain_timeout_s=drain_timeout_s,
+    )
+    print(NOT_KEPT, flush=True)
+    stop = StopSignal()
+    with running(settings, stop) as service:
+        if not stop.asked:
+            print(ready_line(service), flush=True)
+        stop.wait()
+
+
+def ready_line(service: Service) -> str:
+    """The line that says that the service can be used, and where."""
+    return f"ready: gRPC {service.grpc_address}, REST http://{service.http_address}"
+
+
+def schema_file(schema: str) -> Path:
+    """The path of a schema given as a file or by the name of a shipped one; raises `SchemaError` on any fault."""
+    from profile_service.domain.schema import load_schema
+
+    load_schema(schema)
+    return Path(schema)
