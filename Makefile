@@ -51,6 +51,12 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/insta
 	npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund
 	touch $@
 
+KERNELS := $(shell grep -rlE '^@.*(kernel|njit)|^from numba|^import numba' --include='*.py' profile_service)
+
+$(VENV)/.kernels-done: $(STAMP) $(KERNELS) scripts/compile_kernels.py
+	$(PYTHON) scripts/compile_kernels.py
+	touch $@
+
 # --- running ---
 
 .PHONY: demo
@@ -58,13 +64,13 @@ demo: $(STAMP)  ## Start the service, replay the sample, print a profile, keep s
 	$(BIN)/profile-service demo $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP)  ## Run a benchmark: BENCH=ingest ARGS=...
+bench: $(VENV)/.kernels-done  ## Run a benchmark: BENCH=ingest ARGS=...
 	$(PYTHON) -m benchmarks.$(BENCH) $(ARGS)
 
 # --- testing and checking ---
 
 .PHONY: test
-test: test-tools  ## Run every test: ARGS='-k name --seed 7'
+test: test-tools $(VENV)/.kernels-done  ## Run every test: ARGS='-k name --seed 7'
 	$(PYTHON) -m pytest $(PYTEST_FLAGS) $(ARGS)
 
 .PHONY: check
@@ -85,7 +91,9 @@ check-layers: $(STAMP)
 
 check-protos: $(STAMP)
 	$(BIN)/buf lint
-	$(BIN)/buf breaking --against protos/baseline.binpb --exclude-imports
+	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/buf build --path protos/userprofile/v1 --output -\#format=binpb \
+	    | $(BIN)/buf breaking -\#format=binpb --against protos/baseline.binpb --exclude-imports
 
 check-generated: $(STAMP)
 	scripts/generate_protos.sh --check

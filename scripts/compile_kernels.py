@@ -1,0 +1,29 @@
+"""Compiles the kernels anew, once, before the tests' processes would each do it at the same time.
+
+Numba keeps what it compiled beside each module and looks at the date of that module alone: after a change to a kernel that
+others call, the callers would go on with the old one. So everything kept goes first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import profile_service
+
+PACKAGE = Path(profile_service.__file__).parent
+
+
+def main() -> None:
+    """Drops what numba kept of the package, then runs every kernel of the shipped schemas."""
+    for kept in PACKAGE.rglob("*.nb[ic]"):
+        kept.unlink(missing_ok=True)
+
+    from profile_service.domain.schema import load_schema
+    from profile_service.shard.warm import warm_kernels
+
+    for name in ("marketplace", "retail"):
+        warm_kernels(load_schema(name))
+
+
+if __name__ == "__main__":
+    main()
