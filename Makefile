@@ -40,6 +40,7 @@ $(UV): scripts/make_venv.sh Makefile
 	scripts/make_venv.sh $(VENV) $(UV_VERSION)
 
 $(STAMP): $(UV) pyproject.toml clients/python/pyproject.toml uv.lock
+	@echo "Installing what uv.lock names into $(VENV)"
 	$(UV) sync --quiet --frozen --all-packages --all-groups --all-extras --compile-bytecode
 	touch $@
 

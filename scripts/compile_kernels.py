@@ -1,7 +1,7 @@
 """Compiles the kernels anew, once, before the tests' processes would each do it at the same time.
 
-Numba keeps what it compiled beside each module and looks at the date of that module alone: after a change to a kernel that
-others call, the callers would go on with the old one. So everything kept goes first.
+Numba keeps what it compiled beside each module and looks at the date of that module alone: after a change to a kernel
+that others call, the callers would go on with the old one. So everything kept goes first.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Draws the seed before hypothesis asks for it. A worker of pytest-xdist gets its controller's options, so its seed."""
+    """Draws the seed before hypothesis asks for it; a worker of pytest-xdist gets it with its controller's options."""
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**32)
     if config.option.hypothesis_seed is None:
