@@ -100,10 +100,12 @@ class Service:
         # These import Ray, which reads its environment then.
         import ray
 
-        from profile_service.cluster.actor import COORDINATOR_NAME, CoordinatorActor, create_actor
+        from profile_service.cluster.actor import COORDINATOR_NAME, CoordinatorActor, create_actor, create_shards
         from profile_service.frontends.actor import FrontendActor
 
         progress(f"starting {settings.shards} shard{'s' if settings.shards > 1 else ''} and a frontend")
+        # The coordinator would create the shards, too; so all processes start side by side.
+        create_shards(schema, settings)
         self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings)
         self._frontend = create_actor(FrontendActor, "frontend", schema, settings, self._coordinator)
         try:

@@ -45,25 +45,30 @@ def create_actor(actor_class: type, name: str, *arguments: object) -> ActorHandl
     return handle
 
 
+def create_shards(schema: Schema, settings: Settings) -> dict[int, ActorHandle[Any]]:
+    """The actors of all shards, by shard id: created, or found where there are some."""
+    topology = _first_topology(settings)
+    return {
+        shard.shard_id: create_actor(
+            ShardActor,
+            f"shard-{shard.shard_id}",
+            shard.shard_id,
+            schema,
+            settings,
+            topology.epoch,
+            topology.owned_by(shard.shard_id),
+        )
+        for shard in topology.shards
+    }
+
+
 class CoordinatorActor:
     """The coordinator's process."""
 
     async def __init__(self, schema: Schema, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator %(levelname)s %(message)s")
-        places = [ShardLocation(shard_id, "") for shard_id in range(settings.shards)]
-        topology = Topology.even(settings.fixed.partition_bits, places)
-        self._shards = {
-            place.shard_id: create_actor(
-                ShardActor,
-                f"shard-{place.shard_id}",
-                place.shard_id,
-                schema,
-                settings,
-                topology.epoch,
-                topology.owned_by(place.shard_id),
-            )
-            for place in places
-        }
+        topology = _first_topology(settings)
+        self._shards = create_shards(schema, settings)
         controls = {shard_id: _RayShard(handle) for shard_id, handle in self._shards.items()}
         self._coordinator = Coordinator(topology, controls, settings.population_interval_s)
         self._started = asyncio.create_task(self._coordinator.start())
@@ -83,6 +88,12 @@ class CoordinatorActor:
                 logger.warning("a shard could not be drained: %s", answer)
         for handle in self._shards.values():
             ray.kill(handle)
+
+
+def _first_topology(settings: Settings) -> Topology:
+    """Who owns what before anyone has said where they are."""
+    places = [ShardLocation(shard_id, "") for shard_id in range(settings.shards)]
+    return Topology.even(settings.fixed.partition_bits, places)
 
 
 class _RayShard:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -91,13 +91,13 @@ class Api:
                 raise InvalidArgument("", f"a message must be at most {self._message_bytes} bytes, is {len(request)}")
             return await answer(request, context.deadline_s)
 
-    async def stream(self, method: str, request: bytes, context: CallContext) -> AsyncIterator[bytes]:
+    async def stream(self, method: str, request: bytes, context: CallContext) -> AsyncGenerator[bytes, None]:
         """Answers a call with one request and many responses. Raises as `call` does."""
         with self._counted(method, context):
             raise _unimplemented(method)
             yield b""
 
-    async def stream_events(self, requests: AsyncIterator[bytes], context: CallContext) -> AsyncIterator[bytes]:
+    async def stream_events(self, requests: AsyncIterator[bytes], context: CallContext) -> AsyncGenerator[bytes, None]:
         """A producer's stream. Raises as `call` does."""
         with self._counted(STREAM_EVENTS, context):
             async for response in self.ingest.stream_events(requests):

@@ -1,4 +1,4 @@
-"""Shards in the test's own event loop, each behind its real gRPC server, and a topology that the test changes. No Ray."""
+"""Shards in the test's own event loop, each behind its gRPC server, and a topology that the test changes. No Ray."""
 
 from __future__ import annotations
 

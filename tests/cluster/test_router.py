@@ -1,4 +1,5 @@
-"""What the router promises: everything reaches its owner once and in order, whatever becomes of connections and owners."""
+"""What the router promises: everything reaches its owner once and in order, whatever becomes of connections and
+owners."""
 
 from __future__ import annotations
 
@@ -228,8 +229,8 @@ async def test_shards_answer_for_the_population_for_producers_and_for_themselves
 
 
 class Mover(FakeShard):
-    """A shard whose partitions' state lives in a place that all share, as if every move carried it along. It applies late and
-    in order, refuses now and then, and checks what it is sent."""
+    """A shard whose partitions' state lives in a place that all share, as if every move carried it along. It applies
+    late and in order, refuses now and then, and checks what it is sent."""
 
     world: dict[tuple[int, str], int]
     events: list[str]
@@ -269,7 +270,6 @@ class Mover(FakeShard):
 
 @pytest.mark.parametrize("seed", range(4))
 async def test_streams_keep_their_order_through_moves_and_lost_connections(seed: int) -> None:
-    print(f"seed {seed}")
     world: dict[tuple[int, str], int] = {}
     events: list[str] = []
     dice = [seed + 1]
