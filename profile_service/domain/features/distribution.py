@@ -143,8 +143,10 @@ def _update(
             continue
         total = f8[row, moments] + w
         difference = value - f8[row, moments + 1]
-        f8[row, moments + 1] += difference * (w / total)
-        f8[row, moments + 2] += w * difference * (value - f8[row, moments + 1])
+        share = w / total
+        f8[row, moments + 1] += difference * share
+        # Not `w * difference * (value - mean)`: beside a weight that all but is the total, the last factor rounds to 0.
+        f8[row, moments + 2] += f8[row, moments] * share * difference * difference
         f8[row, moments] = total
         place = bins + _bin_of(edges, value)
         f4[row, place] = add_rounded(f4[row, place], w, rounded_bits)
