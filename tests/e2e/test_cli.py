@@ -1,0 +1,171 @@
+"""The command line without a service: help, the schema's check, and errors that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from profile_service.config import Capacity, Limits
+from tests.e2e.service_process import Finished, run
+
+COMMANDS = (["serve"], ["demo"], ["ingest"], ["get"], ["status"], ["schema", "check"])
+HEAVY = ("ray", "numba", "numpy", "pyarrow", "grpc", "pydantic", "google.protobuf")
+
+FAULTY = """\
+name: my shop!
+events:
+  view: {weight: -1}
+  buy: {wieght: 2}
+half_life: soon
+ttl: 180d
+features:
+  color: {kind: categorical, attribute: color, values: []}
+  make: {kind: top_k, attribute: make, k: 0}
+  price: {kind: distribution, attribute: price, bins: {scale: log, min: 0, max: 10, count: 4}}
+  size: {kind: histogram, attribute: size}
+  seen: {kind: counter, events: [sees]}
+  last: {kind: latest}
+  distinct: {kind: distinct, attribute: price}
+"""
+
+
+def assert_fails(done: Finished, *parts: str, status: int = 1) -> None:
+    """The command says one clear line, with these parts, and no traceback."""
+    assert done.status == status, done
+    assert "Traceback" not in done.err + done.out
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.err
+    for part in parts:
+        assert part in errors[0], errors[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_shows_an_example_and_a_flag_is_explained(command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.status == 0
+    assert "Example:" in done.out
+    assert f"profile-service {' '.join(command)}" in done.out
+
+
+def test_the_help_states_every_limit_and_lets_it_be_set() -> None:
+    done = run("serve", "--help", COLUMNS="160")
+    for settings in (Limits(), Capacity()):
+        for field in dataclasses.fields(settings):
+            assert f"--{field.name.replace('_', '-')}" in done.out
+            assert str(getattr(settings, field.name)) in done.out
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = f"import sys, profile_service.cli; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["marketplace", "retail"])
+def test_schema_check_prints_the_row_and_what_a_user_costs(name: str) -> None:
+    shown = run("schema", "check", name)
+    assert shown.status == 0
+    facts = json.loads(run("schema", "check", name, "--json").out)
+    assert facts["name"] == name
+    for feature in facts["features"]:
+        assert feature["name"] in shown.out
+        if feature["kind"] == "distinct":
+            assert 0 < feature["standardError"] < 0.2
+            assert f"standard error {feature['standardError']:.1%}" in shown.out
+    taken = sum(feature["rowBytes"] for feature in facts["features"])
+    assert taken < facts["rowBytes"] < facts["bytesPerUser"]
+    assert f"{facts['bytesPerUser']:,}" in shown.out
+
+
+def test_schema_check_says_every_fault_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(FAULTY)
+    done = run("schema", "check", str(path))
+    assert_fails(done, "faulty.yaml", "faults")
+    said = [line for line in done.err.splitlines() if line.startswith(f"{path}: line ")]
+    assert len(said) >= 10, done.err
+    lines = {int(line.split(": line ")[1].split(":")[0]) for line in said}
+    assert lines >= {1, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14}, lines
+
+
+def test_serve_with_a_faulty_schema_says_the_same_faults(tmp_path: Path) -> None:
+    path = tmp_path / "faulty.yaml"
+    path.write_text(FAULTY)
+    done = run("serve", "--schema", str(path), "--grpc-port", "0", "--http-port", "0")
+    assert done.status == 1
+    assert "Traceback" not in done.err
+    assert "line 3" in done.err
+    assert "line 14" in done.err
+
+
+def test_a_missing_schema_file_is_named() -> None:
+    assert_fails(run("schema", "check", "no/such.yaml"), "no/such.yaml", "marketplace")
+    assert_fails(run("serve", "--schema", "no/such.yaml"), "no/such.yaml", "marketplace")
+
+
+@pytest.mark.parametrize("flag", ["--grpc-port", "--http-port"])
+def test_a_port_in_use_is_named(flag: str) -> None:
+    other = "--http-port" if flag == "--grpc-port" else "--grpc-port"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert_fails(run("serve", flag, port, other, "0"), port, flag)
+
+
+def test_a_data_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    directories = [file / "data"]
+    if os.geteuid() != 0:  # nothing is closed to root
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        directories.append(closed)
+    for directory in directories:
+        done = run("serve", "--data-dir", str(directory), "--grpc-port", "0", "--http-port", "0")
+        assert_fails(done, str(directory), "--data-dir")
+
+
+@pytest.mark.parametrize("store", ["redis://localhost:6379", "mongodb://localhost"])
+def test_a_store_that_is_not_served_is_refused(store: str) -> None:
+    assert_fails(run("serve", "--store", store), store, "local")
+
+
+@pytest.mark.parametrize(
+    "command", [["get", "u1"], ["status"], ["ingest", __file__, "--format", "csv"]], ids=lambda c: c[0]
+)
+def test_a_service_that_is_not_there_is_said_at_once(command: list[str]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        done = run(*command, "--address", address, timeout_s=60)
+    assert_fails(done, address, "profile-service serve", "--address")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["get"],
+        ["serve", "--shards", "0"],
+        ["nonsense"],
+        ["ingest", "x.csv", "--attribute", "price"],
+        ["status", "--nope"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.status == 2
+    assert "Traceback" not in done.err
+
+
+def test_a_flag_may_come_from_the_environment() -> None:
+    assert_fails(run("serve", PROFILE_SERVICE_STORE="redis://elsewhere"), "redis://elsewhere")
+    assert_fails(run("get", "u1", PROFILE_SERVICE_ADDRESS="127.0.0.1:1"), "127.0.0.1:1")
