@@ -20,8 +20,10 @@ SHELL := /bin/bash
 
 export UV_PROJECT_ENVIRONMENT := $(CURDIR)/$(VENV)
 export UV_PYTHON_DOWNLOADS := never
-# Trust what the machine trusts: behind a proxy that signs anew, uv's own list of authorities refuses every package index.
+# Trust what the machine trusts: behind a proxy that signs anew, uv's and Node's own lists of authorities refuse every package index.
 export UV_SYSTEM_CERTS := true
+NODE_EXTRA_CA_CERTS ?= $(firstword $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt))
+export NODE_EXTRA_CA_CERTS
 # A Ray process that may not keep what it compiled takes three times as long to start.
 unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH
