@@ -14,10 +14,10 @@
     profile_service_shard_resident_bytes{shard}                       resident memory of a shard's process
     profile_service_shard_cpu_seconds_total{shard}                    CPU time of a shard's process
     profile_service_users                                             users over all shards
-    profile_service_population_age_seconds                            how old the population is that reads are answered with
+    profile_service_population_age_seconds                            how old the population is that reads use
 
-What is counted here is the frontend's own; what is known of shards is read when a scrape asks (`watch_shards`). Labels take
-only values from closed lists, so that no caller can make the number of series grow.
+What is counted here is the frontend's own; what is known of shards is read when a scrape asks (`watch_shards`). Labels
+take only values from closed lists, so that no caller can make the number of series grow.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Metrics:
         self._bound_rejected = {field: self._rejected.labels(field) for field in (*EVENT_FIELDS, "event")}
 
     def call(self, method: str, protocol: str, code: grpc.StatusCode, seconds: float) -> None:
-        """Counts an answered call: `method` as in "userprofile.v1.ProfileService/GetProfile", `protocol` "grpc" or "rest"."""
+        """Counts an answered call: method "userprofile.v1.ProfileService/GetProfile", protocol "grpc" or "rest"."""
         key = (method, protocol, code)
         calls = self._bound_calls.get(key)
         if calls is None:
@@ -136,7 +136,7 @@ class Metrics:
         self._ignored.inc(count)
 
     def watch_shards(self, read: Callable[[], Iterable[ShardReading]]) -> None:
-        """From now on each scrape asks `read` what is known of the shards; it must answer at once, from what is at hand."""
+        """From now on each scrape asks `read` what is known of the shards; it answers at once, from what is at hand."""
         self._shards.read_shards = read
 
     def watch_population(self, age_s: Callable[[], float | None]) -> None:

@@ -1,14 +1,14 @@
 """The one table from errors to what callers see: error class -> gRPC status code -> HTTP code.
 
-Both protocols answer with the same google.rpc.Status: over gRPC as trailing metadata, over REST as JSON. Its details are
-ErrorInfo (always), BadRequest where fields are at fault, RetryInfo where trying again helps.
+Both protocols answer with the same google.rpc.Status: over gRPC as trailing metadata, over REST as JSON. Its details
+are ErrorInfo (always), BadRequest where fields are at fault, RetryInfo where trying again helps.
 
 HTTP codes are grpc-gateway's (runtime.HTTPStatusFromCode):
 
-    OK 200                  INVALID_ARGUMENT 400    FAILED_PRECONDITION 400    OUT_OF_RANGE 400     UNAUTHENTICATED 401
-    PERMISSION_DENIED 403   NOT_FOUND 404           ALREADY_EXISTS 409         ABORTED 409          RESOURCE_EXHAUSTED 429
-    CANCELLED 499           UNKNOWN, INTERNAL, DATA_LOSS 500                   UNIMPLEMENTED 501    UNAVAILABLE 503
-    DEADLINE_EXCEEDED 504
+    OK 200                   INVALID_ARGUMENT 400   FAILED_PRECONDITION 400   OUT_OF_RANGE 400    UNAUTHENTICATED 401
+    PERMISSION_DENIED 403    NOT_FOUND 404          ALREADY_EXISTS 409        ABORTED 409         CANCELLED 499
+    RESOURCE_EXHAUSTED 429   UNKNOWN 500            INTERNAL 500              DATA_LOSS 500       UNIMPLEMENTED 501
+    UNAVAILABLE 503          DEADLINE_EXCEEDED 504
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ TABLE = (
     Row(errors.NotMine, grpc.StatusCode.UNAVAILABLE, "NOT_MINE"),
     Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
+    Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     Row(errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
     Row(errors.DataLoss, grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
@@ -84,8 +85,8 @@ _HTTP_CODES = {
 }
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
-# A gRPC peer drops a call whose trailing metadata exceeds 8 KiB. The message travels twice, once percent-encoded (up to three
-# times its size) and once in base64 with the violations, and what callers sent may be quoted in it.
+# A gRPC peer drops a call whose trailing metadata exceeds 8 KiB. The message travels twice, once percent-encoded (up to
+# three times its size) and once in base64 with the violations, and what callers sent may be quoted in it.
 _MESSAGE_BYTES = 1_000
 _VIOLATION_BYTES = 400
 _VIOLATIONS = 4
@@ -139,7 +140,7 @@ def to_grpc(error: BaseException) -> grpc.Status:
 
 
 def trailing_metadata(status: Status) -> tuple[tuple[str, str | bytes], ...]:
-    """The trailing metadata that carry a status, for `context.abort(code, status.message, trailing_metadata(status))`."""
+    """What carries a status over gRPC: `context.abort(code, status.message, trailing_metadata(status))`."""
     return rpc_status.to_status(status).trailing_metadata
 
 

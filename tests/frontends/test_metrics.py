@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from userprofile.v1.admin_service_pb2 import GetStatusResponse
 
 from profile_service.frontends import metrics as subject
 from profile_service.frontends.metrics import LATENCY_BUCKETS_S, Metrics
+from userprofile.v1.admin_service_pb2 import GetStatusResponse
 
 GET = "userprofile.v1.ProfileService/GetProfile"
 
@@ -97,7 +97,7 @@ def test_two_frontends_in_one_process_count_apart() -> None:
 def test_every_series_is_documented_at_the_top_of_the_module() -> None:
     metrics = Metrics()
     metrics.watch_population(lambda: 1.0)
-    metrics.watch_shards(lambda: [SimpleNamespace(**{field: 1 for field in SHARD_FIELDS})])
+    metrics.watch_shards(lambda: [SimpleNamespace(**dict.fromkeys(SHARD_FIELDS, 1))])
     metrics.call(GET, "grpc", grpc.StatusCode.OK, 1.0)
     assert subject.__doc__ is not None
     for family in text_string_to_metric_families(metrics.render().decode()):

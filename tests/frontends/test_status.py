@@ -21,6 +21,7 @@ CASES = [
     (errors.ResourceExhausted("queue full", 0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "QUEUE_FULL"),
     (errors.Unavailable("shard 2 recovers", 1.0), grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
     (errors.NotMine("partition 7 moved", 12), grpc.StatusCode.UNAVAILABLE, 503, "NOT_MINE"),
+    (errors.Superseded("a newer stream"), grpc.StatusCode.ABORTED, 409, "SUPERSEDED"),
     (errors.DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE_EXCEEDED"),
     (errors.Unimplemented("not yet"), grpc.StatusCode.UNIMPLEMENTED, 501, "UNIMPLEMENTED"),
     (errors.DataLoss("record 5 is damaged"), grpc.StatusCode.DATA_LOSS, 500, "DATA_LOSS"),
