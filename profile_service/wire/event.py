@@ -105,12 +105,12 @@ def parse_event(
         tag, pos = read_tag(buffer, pos, end)
         if pos < 0:
             return pos
-        work[FIELD] = tag >> 3
         if tag != 0x2A and tag != 0x0A and tag != 0x12 and tag != 0x1A and tag != 0x22:
             pos = skip_unknown(buffer, pos, end, tag, EVENT_DEPTH, work)
             if pos < 0:
                 return pos
             continue
+        work[FIELD] = tag >> 3
         length, pos = read_length(buffer, pos, end)
         if pos < 0:
             return pos

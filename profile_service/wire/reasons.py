@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ REASON_NAMES = (
 
 _SHOWN_CHARACTERS = 64
 _SHOWN_TYPES = 10
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIELD_NAMES = {1: "user_id", 2: "type", 3: "time", 4: "event_id", 5: "attributes"}
 
 
@@ -85,7 +86,7 @@ def _wrong_time(status: int, seconds: int, nanos: int, latest_ns: int, now_ns: i
         if not 0 <= nanos <= 999_999_999:
             return f"nanos must be 0 to 999999999, is {nanos}"
         return f"must be from year 1 to year 9999, is {seconds} s from 1970"
-    shown = (datetime(1970, 1, 1) + timedelta(seconds=seconds)).isoformat() + "Z"
+    shown = (_EPOCH + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
     if status == e.FAR_TIME:
         return f"must be between the years 1678 and 2261, is {shown}"
     allowed_s = (latest_ns - now_ns) / 1e9

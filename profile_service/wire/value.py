@@ -37,7 +37,7 @@ KIND_LIST = 5
 KIND_NOT_FINITE = 6
 """A number that is NaN or infinite."""
 
-KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "not a finite number")
+KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "NaN or infinite")
 
 # Kinds of the messages on the stack.
 _STRUCT = 0

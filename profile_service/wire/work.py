@@ -40,7 +40,7 @@ LARGE_OFFSET = 15
 LARGE_LENGTH = 16
 """The first attribute beyond a limit: LARGE_NAME or LARGE_VALUE, the size in bytes, the extent of its name."""
 FIELD = 17
-"""Number of the field being read: where a fault is."""
+"""Number of the known field being read, else 0: where a fault is."""
 PARSED_SLOTS = 18
 """What begins at 0 (but for TYPE_INDEX) for each event lies before this."""
 

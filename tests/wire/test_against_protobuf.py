@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from random import Random
 
 import numpy as np
 import pytest
-import wire_encoding as enc
-import wire_oracle as oracle
 import xxhash
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -22,6 +19,8 @@ from profile_service.wire.gather import gather
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import reason_name
 from profile_service.wire.scan import ScannedBatch, scan_batch
+from tests.wire import encoding as enc
+from tests.wire import oracle
 from userprofile.v1 import event_pb2, event_service_pb2
 
 NOW_S = 1_790_000_000
@@ -40,11 +39,10 @@ NAMES = [name.encode() for name in (*PLAN.text_attributes, *PLAN.number_attribut
 TIGHT = Limits(user_id_bytes=16, event_id_bytes=10, attributes_per_event=3, attribute_bytes=40)
 
 SETTINGS = settings(
-    max_examples=120,
-    deadline=None,
-    print_blob=True,
+    max_examples=2 * settings().max_examples,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+MUTATIONS = 120 * settings().max_examples
 
 EVENTS = enc.events(TYPES, NAMES, NOW_S)
 
@@ -88,7 +86,7 @@ def test_an_event_is_taken_iff_protobuf_and_the_rules_take_it(batch: list[bytes]
 
 
 @SETTINGS
-@given(batch=st.lists(st.tuples(EVENTS, st.randoms(use_true_random=False)), max_size=6))
+@given(batch=st.lists(st.tuples(EVENTS, enc.randoms), max_size=6))
 def test_a_damaged_event_is_taken_iff_protobuf_and_the_rules_take_it(batch: list[tuple[bytes, Random]]) -> None:
     check_batch([enc.mutate(event, random) for event, random in batch], Limits())
 
@@ -99,12 +97,9 @@ def test_garbage_is_taken_iff_protobuf_and_the_rules_take_it(batch: list[bytes])
     check_batch(batch, Limits())
 
 
-def test_thousands_of_mutations_of_one_rich_event_are_taken_iff_protobuf_takes_them() -> None:
-    """WIRE_FUZZ_SEED repeats a run, WIRE_FUZZ_EVENTS makes it longer."""
-    seed = int(os.environ.get("WIRE_FUZZ_SEED", Random().randrange(2**32)))
-    print(f"WIRE_FUZZ_SEED={seed}")
+def test_thousands_of_mutations_of_rich_events_are_taken_iff_protobuf_takes_them(seed: int) -> None:
     random = Random(seed)
-    for _ in range(int(os.environ.get("WIRE_FUZZ_EVENTS", "6000")) // 100):
+    for _ in range(MUTATIONS // 100):
         check_batch([enc.mutate(random.choice(RICH), random) for _ in range(100)], Limits(), whole_request=False)
 
 
@@ -119,7 +114,7 @@ def test_thousands_of_mutations_of_one_rich_event_are_taken_iff_protobuf_takes_t
         ),
         max_size=6,
     ),
-    random=st.one_of(st.none(), st.randoms(use_true_random=False)),
+    random=st.one_of(st.none(), enc.randoms),
 )
 @example(pieces=[b"\x0a\x80"], random=None)
 @example(pieces=[b"\x0c"], random=None)

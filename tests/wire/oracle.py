@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
-from wire_encoding import FIXED64, LENGTH, VARINT, delimited, fields
 
 from profile_service.config import Limits
 from profile_service.wire.plan import WirePlan
+from tests.wire.encoding import FIXED64, LENGTH, VARINT, delimited, fields
 from userprofile.v1 import event_pb2, event_service_pb2
 
 UNLIMITED = Limits(

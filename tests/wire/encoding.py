@@ -131,6 +131,9 @@ def mostly(common: st.SearchStrategy[T], rare: st.SearchStrategy[T], times: int 
     return st.sampled_from([common] * times + [rare]).flatmap(lambda chosen: chosen)
 
 
+randoms = st.integers(0, 2**32 - 1).map(Random)
+"""Generators of Python's own: hypothesis draws every number of its own kind, which takes it seconds for a long message."""
+
 texts = st.text(max_size=12).map(str.encode)
 """UTF-8 of all lengths of characters."""
 
@@ -232,5 +235,5 @@ def events(types: list[bytes], names: list[bytes], now_s: int) -> st.SearchStrat
         lambda first, rest, order: b"".join(order.sample(first + rest, len(first) + len(rest))),
         mostly(needed, st.just([]), 15),
         st.lists(extra, max_size=5),
-        st.randoms(use_true_random=False),
+        randoms,
     )
