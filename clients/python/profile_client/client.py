@@ -1,0 +1,206 @@
+"""The synchronous client. Made from `aio_client.py` by `scripts/generate_sync_client.py`: change that one."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from profile_client.channel import CHANNEL_OPTIONS, MOST_TRIES, is_retryable, next_wait_s
+from profile_client.errors import Rejected, RejectedEventsError, from_rpc_error
+from profile_client.events import Event, frame_all
+from profile_client.producer import Producer
+from profile_client.profiles import BatchProfiles, Profile, RankedItem, Ranking
+from profile_client.window import ProducerOptions
+from userprofile.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    event_service_pb2,
+    event_service_pb2_grpc,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+)
+
+
+class ProfileClient:
+    """A connection to the service.
+
+    Calls that may be repeated are tried again, with growing waits, while the service is unavailable and the timeout
+    allows.
+
+    Args:
+        address: host:port of a frontend's gRPC server.
+        timeout_s: how long a call may take, tries and waits together; each call can be given its own.
+        channel_credentials: for TLS; without them the connection is in the clear.
+    """
+
+    def __init__(
+        self,
+        address: str = "localhost:50051",
+        *,
+        timeout_s: float = 5.0,
+        channel_credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        if channel_credentials is None:
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(address, channel_credentials, options=CHANNEL_OPTIONS)
+        self._events: Any = event_service_pb2_grpc.EventServiceStub(self._channel)
+        self._profiles: Any = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
+        self._admin: Any = admin_service_pb2_grpc.AdminServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; calls under way end."""
+        self._channel.close()
+
+    def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit_s
+        for attempt in range(MOST_TRIES):
+            try:
+                return method(request, timeout=max(0.001, deadline - time.monotonic()))
+            except grpc.RpcError as rpc_error:
+                error = from_rpc_error(rpc_error)
+                wait_s = next_wait_s(attempt, error.retry_after_s, random.random())
+                last = attempt == MOST_TRIES - 1 or time.monotonic() + wait_s >= deadline
+                if last or not repeatable or not is_retryable(error):
+                    raise error from rpc_error
+                time.sleep(wait_s)
+        raise AssertionError("the last try returns or raises")
+
+    def get_profile(self, user_id: str, features: Sequence[str] = (), *, timeout_s: float | None = None) -> Profile:
+        """One user's profile, now.
+
+        Raises:
+            NotFoundError: the user was never seen.
+            InvalidArgumentError: the user id, or a feature's name, is wrong.
+        """
+        request = profile_service_pb2.GetProfileRequest(user_id=user_id, features=features)
+        return Profile(self._call(self._profiles.GetProfile, request, timeout_s, repeatable=True))
+
+    def batch_get_profiles(
+        self, user_ids: Iterable[str], features: Sequence[str] = (), *, timeout_s: float | None = None
+    ) -> BatchProfiles:
+        """Up to 1,000 users' profiles, in the order asked for; users never seen are named apart."""
+        request = profile_service_pb2.BatchGetProfilesRequest(user_ids=user_ids, features=features)
+        answer = self._call(self._profiles.BatchGetProfiles, request, timeout_s, repeatable=True)
+        return BatchProfiles([Profile(p) for p in answer.profiles], list(answer.missing_user_ids))
+
+    def get_population(self, features: Sequence[str] = (), *, timeout_s: float | None = None) -> Profile:
+        """All users as one profile; at most 2 s old."""
+        request = profile_service_pb2.GetPopulationRequest(features=features)
+        return Profile(self._call(self._profiles.GetPopulation, request, timeout_s, repeatable=True))
+
+    def watch(self, user_id: str, features: Sequence[str] = ()) -> Iterator[Profile]:
+        """The profile now, then after each change, until the caller stops."""
+        request = profile_service_pb2.WatchProfileRequest(user_id=user_id, features=features)
+        call = self._profiles.WatchProfile(request)
+        try:
+            for message in call:
+                yield Profile(message)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        finally:
+            call.cancel()
+
+    def rank_items(
+        self, user_id: str, items: Iterable[tuple[str, Mapping[str, Any]]], *, timeout_s: float | None = None
+    ) -> Ranking:
+        """Up to 1,000 items, each an id and its attributes, the best for the user first."""
+        request = profile_service_pb2.RankItemsRequest(user_id=user_id)
+        for item_id, attributes in items:
+            request.items.add(item_id=item_id).attributes.update(dict(attributes))
+        answer = self._call(self._profiles.RankItems, request, timeout_s, repeatable=True)
+        ranked = [RankedItem(item.item_id, item.score, dict(item.contributions)) for item in answer.items]
+        return Ranking(ranked, answer.ranked_by_population)
+
+    def delete_profile(
+        self, user_id: str, *, timeout_s: float | None = None
+    ) -> profile_service_pb2.DeleteProfileResponse:
+        """Forgets a user."""
+        request = profile_service_pb2.DeleteProfileRequest(user_id=user_id)
+        answer: profile_service_pb2.DeleteProfileResponse
+        answer = self._call(self._profiles.DeleteProfile, request, timeout_s, repeatable=True)
+        return answer
+
+    def merge_profiles(self, user_id: str, source_user_id: str, *, timeout_s: float | None = None) -> Profile:
+        """Joins the source user into the user, and returns the user's profile."""
+        request = profile_service_pb2.MergeProfilesRequest(user_id=user_id, source_user_id=source_user_id)
+        answer = self._call(self._profiles.MergeProfiles, request, timeout_s, repeatable=False)
+        return Profile(answer.profile)
+
+    def ingest_events(self, events: Iterable[Event], *, request_id: str = "", timeout_s: float | None = None) -> int:
+        """Sends one batch of up to 10,000 events and returns how many were counted, once they are durable and readable.
+
+        With a `request_id` the call is tried again when the service is unavailable, and counts once however often it is
+        sent.
+
+        Raises:
+            RejectedEventsError: some events were refused; the others were counted.
+        """
+        body = b"".join(frame_all(events))
+        rest = event_service_pb2.IngestEventsRequest(request_id=request_id).SerializeToString()
+        request = event_service_pb2.IngestEventsRequest.FromString(body + rest)
+        answer = self._call(self._events.IngestEvents, request, timeout_s, repeatable=bool(request_id))
+        if answer.rejected:
+            rejected = [Rejected(0, r.index, r.field, r.reason) for r in answer.rejected]
+            raise RejectedEventsError(rejected, len(rejected))
+        return int(answer.accepted_count)
+
+    def producer(self, producer_id: str | None = None, options: ProducerOptions | None = None) -> Producer:
+        """A stream of events: batched, bounded, sent again after a broken connection, counted once.
+
+        Use it as a context manager; leaving it flushes. Without a `producer_id` it gets a random one.
+        """
+        return Producer(self._channel, producer_id, options)
+
+    def get_schema(self, *, timeout_s: float | None = None) -> admin_service_pb2.GetSchemaResponse:
+        """What a profile is."""
+        answer: admin_service_pb2.GetSchemaResponse
+        request = admin_service_pb2.GetSchemaRequest()
+        answer = self._call(self._admin.GetSchema, request, timeout_s, repeatable=True)
+        return answer
+
+    def get_topology(self, *, timeout_s: float | None = None) -> admin_service_pb2.GetTopologyResponse:
+        """Which shard owns which users."""
+        answer: admin_service_pb2.GetTopologyResponse
+        request = admin_service_pb2.GetTopologyRequest()
+        answer = self._call(self._admin.GetTopology, request, timeout_s, repeatable=True)
+        return answer
+
+    def get_status(self, *, timeout_s: float | None = None) -> admin_service_pb2.GetStatusResponse:
+        """How the service does."""
+        answer: admin_service_pb2.GetStatusResponse
+        request = admin_service_pb2.GetStatusRequest()
+        answer = self._call(self._admin.GetStatus, request, timeout_s, repeatable=True)
+        return answer
+
+    def create_snapshot(self, *, timeout_s: float | None = None) -> admin_service_pb2.CreateSnapshotResponse:
+        """Writes a snapshot of every shard."""
+        answer: admin_service_pb2.CreateSnapshotResponse
+        request = admin_service_pb2.CreateSnapshotRequest()
+        answer = self._call(self._admin.CreateSnapshot, request, timeout_s, repeatable=False)
+        return answer
+
+    def move_partitions(
+        self, partitions: Iterable[int], target_shard_id: int, *, timeout_s: float | None = None
+    ) -> admin_service_pb2.MovePartitionsResponse:
+        """Moves partitions to another shard, live."""
+        answer: admin_service_pb2.MovePartitionsResponse
+        request = admin_service_pb2.MovePartitionsRequest(partitions=partitions, target_shard_id=target_shard_id)
+        answer = self._call(self._admin.MovePartitions, request, timeout_s, repeatable=False)
+        return answer
