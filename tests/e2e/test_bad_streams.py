@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import pytest
 
 from tests.e2e.calls import GrpcCaller, HttpCaller, delimited, new_user
+from tests.e2e.serving import ServeProcess
 from userprofile.v1 import event_pb2
 from userprofile.v1.event_service_pb2 import StreamEventsRequest
 
 
-class RunningService(Protocol):
-    grpc_address: str
-    http_address: str
-
-
 @pytest.fixture
-def rpc(service: RunningService) -> Iterator[GrpcCaller]:
+def rpc(service: ServeProcess) -> Iterator[GrpcCaller]:
     with GrpcCaller(service.grpc_address) as caller:
         yield caller
     assert HttpCaller(service.http_address).get("/readyz").code == 200
