@@ -18,6 +18,7 @@ import grpc
 import orjson
 from google.protobuf.message import Message
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -100,10 +101,25 @@ def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Lim
             Route("/openapi.json", describe),
             *docs.routes(),
             # Not a function, so that Starlette passes every method on.
-            Route("/v1/{path:path}", _Calls(api, metrics, limits or Limits())),
+            Route("/v1/{path:anything}", _Calls(api, metrics, limits or Limits())),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unforeseen},
     )
+
+
+class _Anything(Convertor[str]):
+    """The rest of a path, whatever it holds. Starlette's own `path` ends at a line feed, which a user id may have."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 @dataclass(frozen=True)
