@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from userprofile.v1 import admin_service_pb2, profile_pb2
 
 DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT = 50051, 8080
-SHOWN_SHOPPER = 42
+SHOWN_SHOPPER = 22
 
 
 def demo(

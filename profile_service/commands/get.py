@@ -23,7 +23,7 @@ def get(
 ) -> None:
     """Shows a user's profile.
 
-    Example:  profile-service get shopper-00042 --features color,price
+    Example:  profile-service get shopper-00022 --features color,price
     """
     from profile_service.commands.terminal import stdout
 

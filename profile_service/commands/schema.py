@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,21 +32,11 @@ def check(
 
     Example:  profile-service schema check marketplace
     """
-    from profile_service.commands.terminal import say_error, stdout
+    from profile_service.commands.terminal import stdout
     from profile_service.domain.layout import Layout
     from profile_service.domain.schema import load_schema
-    from profile_service.errors import SchemaError
 
-    try:
-        schema = load_schema(file)
-    except SchemaError as error:
-        if not error.faults:
-            raise
-        for fault in error.faults:
-            print(f"{error.source}: {fault}", file=sys.stderr)
-        count = len(error.faults)
-        say_error(f"{error.source}: {count} {'fault' if count == 1 else 'faults'}; correct the lines named above")
-        raise typer.Exit(1) from None
+    schema = load_schema(file)
     layout = Layout.compile(schema)
     if as_json:
         import json

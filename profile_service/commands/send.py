@@ -20,9 +20,9 @@ from rich.progress import (
     Task,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from profile_service.commands.connection import CALL_TIMEOUT_S, connect
@@ -114,6 +114,9 @@ def replay(parts: Iterable[EncodedEvents], total: int, address: str, remarks: Co
 class EventRate(ProgressColumn):
     """Events, and how many a second."""
 
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
+
     def render(self, task: Task) -> Text:
         events, elapsed = int(task.fields["events"]), task.finished_time or task.elapsed or 0.0
         rate = f"{events / elapsed:,.0f}" if elapsed > 0 else "–"
@@ -124,8 +127,7 @@ class EventRate(ProgressColumn):
 def progress_bar(console: Console) -> Iterator[Progress]:
     """A bar that shows events and events a second."""
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), EventRate(), TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), EventRate(), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield progress

@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from profile_service.errors import ProfileServiceError
+from profile_service.errors import ProfileServiceError, SchemaError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,12 @@ def exit_status_of(error: BaseException) -> int:
         return 130
     if os.environ.get(TRACEBACK_VARIABLE):
         traceback.print_exception(error)
-    if isinstance(error, ProfileServiceError):
+    if isinstance(error, SchemaError) and error.faults:
+        for fault in error.faults:
+            print(f"{error.source}: {fault}", file=sys.stderr)
+        count = len(error.faults)
+        say_error(f"{error.source}: {count} {'fault' if count == 1 else 'faults'}; correct the lines named above")
+    elif isinstance(error, ProfileServiceError):
         say_error(error.message)
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "pyarrow":
         say_error("Parquet and CSV need pyarrow: pip install 'profile-service[arrow]'")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ class Listings:
 
     def __len__(self) -> int:
         return len(self.item_id)
+
+    @cached_property
+    def make_names(self) -> tuple[str, ...]:
+        """Every make once."""
+        return tuple(sorted(set(self.make.tolist())))
+
+    @cached_property
+    def make_code(self) -> NDArray[np.int16]:
+        """Index into `make_names`."""
+        code = {make: place for place, make in enumerate(self.make_names)}
+        return np.array([code[make] for make in self.make.tolist()], dtype=np.int16)
 
     @classmethod
     def read(cls, path: Path) -> Listings:

@@ -28,6 +28,7 @@ _LOOKS_PER_SESSION = 20
 _PAUSE_MS = 45_000
 _BAND_FACTORS = (1.7, 2.6)
 _FEWEST_LISTINGS = 12
+_FEWEST_OF_MAKE = 100
 _FOLLOW_UP = 0.16
 _FOLLOW_UP_OUTSIDE = 0.15
 """Chance that a wish to follow up survives where the listing is outside the tastes."""
@@ -79,29 +80,29 @@ def shopper_id(shopper: int) -> str:
 
 
 def draw_tastes(listings: Listings, count: int, rng: np.random.Generator) -> Tastes:
-    """`count` tastes, each of which at least a dozen listings meet."""
+    """`count` tastes, each of which at least a dozen listings meet, some in every colour and of every make."""
     color_share = np.bincount(listings.color[listings.color >= 0], minlength=len(COLORS)) ** 0.5
     color_share /= color_share.sum()
-    makes, make_counts = np.unique(listings.make.astype(str), return_counts=True)
-    common = make_counts >= 100
-    make_share = make_counts[common] ** 0.5 / (make_counts[common] ** 0.5).sum()
-    makes = makes[common]
+    make_counts = np.bincount(listings.make_code)
+    make_share = np.where(make_counts >= _FEWEST_OF_MAKE, make_counts, 0) ** 0.5
+    make_share /= make_share.sum()
+    of_make = _by_make(listings)
     tastes = Tastes([], [], np.zeros((count, 2)), np.zeros((count, 2)))
-    index = {str(make): np.flatnonzero(listings.make == make) for make in makes}
     while len(tastes) < count:
         colors = tuple(sorted(rng.choice(len(COLORS), rng.integers(2, 4), replace=False, p=color_share).tolist()))
-        liked = tuple(sorted(str(make) for make in rng.choice(makes, rng.integers(1, 4), replace=False, p=make_share)))
-        of_makes = np.concatenate([index[make] for make in liked])
+        makes = tuple(sorted(rng.choice(len(make_share), rng.integers(1, 4), replace=False, p=make_share).tolist()))
+        of_makes = np.concatenate([of_make[make] for make in makes])
         center = listings.price_eur[rng.choice(of_makes)]
         factor = rng.uniform(*_BAND_FACTORS) ** 0.5
         price = (round(center / factor, -2), round(center * factor, -2))
         mileage_center = max(listings.mileage_km[rng.choice(of_makes)], 20_000.0)
         mileage = (round(mileage_center / 2.0, -3), round(mileage_center * 1.6, -3))
-        if len(_within(listings, of_makes, colors, price, mileage)) < _FEWEST_LISTINGS:
+        fitting = _within(listings, of_makes, colors, price, mileage)
+        if len(fitting) < _FEWEST_LISTINGS or not _all_there(listings, fitting, colors, makes):
             continue
         tastes.price_eur[len(tastes)], tastes.mileage_km[len(tastes)] = price, mileage
         tastes.colors.append(colors)
-        tastes.makes.append(liked)
+        tastes.makes.append(tuple(listings.make_names[make] for make in makes))
     return tastes
 
 
@@ -134,6 +135,11 @@ def draw_events(
     return SampleEvents(shopper[order], listing[order], types[order], last - when, query[order], queries)
 
 
+def _by_make(listings: Listings) -> list[NDArray[np.int64]]:
+    """Places of the listings of each make, by its code."""
+    return [np.flatnonzero(listings.make_code == code) for code in range(len(listings.make_names))]
+
+
 def _within(
     listings: Listings,
     candidates: NDArray[np.int64],
@@ -145,8 +151,15 @@ def _within(
     of = candidates
     fits = (listings.price_eur[of] >= price[0]) & (listings.price_eur[of] <= price[1])
     fits &= (listings.mileage_km[of] >= mileage[0]) & (listings.mileage_km[of] <= mileage[1])
-    fits &= np.isin(listings.color[of], colors)
+    fits &= _mask(colors)[listings.color[of]]
     return of[fits]
+
+
+def _mask(colors: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Whether each colour is among `colors`; the last place, -1, stands for an unknown one."""
+    mask = np.zeros(len(COLORS) + 1, dtype=np.bool_)
+    mask[list(colors)] = True
+    return mask
 
 
 def _looks(
@@ -155,8 +168,7 @@ def _looks(
     """A listing for every event, and whether it was drawn for taste."""
     order = np.argsort(taste, kind="stable")
     bounds = np.searchsorted(taste[order], np.arange(len(tastes) + 1))
-    makes = listings.make.astype(str)
-    index = {str(make): np.flatnonzero(makes == make) for make in np.unique(makes)}
+    of_make = dict(zip(listings.make_names, _by_make(listings), strict=True))
     look = rng.integers(0, len(listings), len(taste)).astype(np.int32)
     liked = rng.random(len(taste)) < IN_TASTE
     for i in range(len(tastes)):
@@ -164,12 +176,25 @@ def _looks(
         drawn = drawn[liked[drawn]]
         if len(drawn) == 0:
             continue
-        of_makes = np.concatenate([index[make] for make in tastes.makes[i]])
+        of_makes = np.concatenate([of_make[make] for make in tastes.makes[i]])
         low_price, high_price = tastes.price_eur[i]
         low_mileage, high_mileage = tastes.mileage_km[i]
         fitting = _within(listings, of_makes, tastes.colors[i], (low_price, high_price), (low_mileage, high_mileage))
-        look[drawn] = rng.choice(fitting, len(drawn))
+        look[drawn] = rng.choice(fitting, len(drawn), p=_evenly(listings, fitting))
     return look, liked
+
+
+def _all_there(listings: Listings, fitting: NDArray[np.int64], colors: tuple[int, ...], makes: tuple[int, ...]) -> bool:
+    """Whether every liked colour and make can be had."""
+    found_colors, found_makes = set(listings.color[fitting].tolist()), set(listings.make_code[fitting].tolist())
+    return found_colors == set(colors) and found_makes == set(makes)
+
+
+def _evenly(listings: Listings, fitting: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A chance for each listing, so that of what is liked the rare is looked at about as often as the common."""
+    color, make = listings.color[fitting], listings.make_code[fitting]
+    chance = 1.0 / (np.bincount(color)[color] * np.bincount(make)[make])
+    return np.asarray(chance / chance.sum())
 
 
 def _last_view(follows: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -6,15 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.service_process import ServiceProcess
+from tests.e2e.serving import ServeProcess
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
-    """`serve` with the marketplace schema and two shards. It is shared: tests use users of their own.
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    """`serve` with the marketplace schema, two shards and ports of its own. It is shared: tests use users of their own.
 
-    It ends by SIGTERM, and has to end with exit status 0 and leave no process.
+    It is ended by SIGTERM, and has to end with exit status 0 and leave no process.
     """
-    directory = tmp_path_factory.mktemp("service")
-    with ServiceProcess("--shards", "2", "--data-dir", str(directory / "data"), directory=directory) as running:
-        yield running
+    data_dir = tmp_path_factory.mktemp("data")
+    with ServeProcess("--shards", "2", "--data-dir", str(data_dir)) as process:
+        yield process
+        assert process.stop() == 0, process.output
+        assert process.left_over() == []
+        assert "Traceback" not in process.output, process.output
