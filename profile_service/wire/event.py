@@ -274,11 +274,12 @@ def _parse_attribute(
 ) -> tuple[int, int]:
     """Reads one entry of the attributes' map, in [pos, end): name and value in any order, either possibly absent.
 
-    Returns `end` or a fault, and the declared attribute that it is, or -1.
+    Returns `end` or a fault, and the declared attribute that it is, or -1 where it is none.
     """
     work[VALUE_KIND] = KIND_NULL
     work[VALUE_LENGTH] = 0
     attribute = -1
+    has_unknown = False
     name_offset = pos
     name_length = 0
     while pos < end:
@@ -289,6 +290,7 @@ def _parse_attribute(
             pos = skip_unknown(buffer, pos, end, tag, EVENT_DEPTH + 2, work)
             if pos < 0:
                 return pos, attribute
+            has_unknown = True
             continue
         length, pos = read_length(buffer, pos, end)
         if pos < 0:
@@ -310,7 +312,8 @@ def _parse_attribute(
         work[LARGE_SIZE] = name_length if name_length > limit else work[VALUE_LENGTH]
         work[LARGE_OFFSET] = name_offset
         work[LARGE_LENGTH] = name_length
-    return pos, attribute
+    # protobuf keeps an entry that has more than a name and a value as an unknown field: the map does not get it.
+    return pos, -1 if has_unknown else attribute
 
 
 @leaf_kernel

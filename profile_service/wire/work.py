@@ -31,7 +31,7 @@ ID_LENGTH = 9
 ATTRIBUTES = 10
 """Attributes as sent."""
 IGNORED = 11
-"""Attributes as sent that the schema does not declare."""
+"""Attributes as sent that the schema does not declare, or that protobuf does not take for attributes."""
 WRONG = 12
 """Declared attributes whose last value is of the wrong type."""
 LARGE_STATUS = 13

@@ -64,7 +64,7 @@ def struct_value(fields: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def fields(message: bytes) -> list[tuple[int, int, bytes]]:
-    """(number, wire type, payload) of each field of a well-formed message; groups are left out."""
+    """(number, wire type, payload) of each field of a well-formed message; of a group its begin alone, without payload."""
     found = []
     pos = 0
     inside: list[int] = []
@@ -82,6 +82,8 @@ def fields(message: bytes) -> list[tuple[int, int, bytes]]:
             length, start = _read_varint(message, pos)
             pos = start + length
         elif wire == START:
+            if not inside:
+                found.append((key >> 3, START, b""))
             inside.append(key >> 3)
             continue
         else:
@@ -132,7 +134,7 @@ def mostly(common: st.SearchStrategy[T], rare: st.SearchStrategy[T], times: int 
 
 
 randoms = st.integers(0, 2**32 - 1).map(Random)
-"""Generators of Python's own: hypothesis draws every number of its own kind, which takes it seconds for a long message."""
+"""Python's own generators: hypothesis would draw each of their numbers, which takes seconds for a long message."""
 
 texts = st.text(max_size=12).map(str.encode)
 """UTF-8 of all lengths of characters."""

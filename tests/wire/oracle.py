@@ -75,11 +75,10 @@ def verdict(encoded: bytes, plan: WirePlan, limits: Limits, now_ns: int) -> str:
 
 
 def ignored_attributes(encoded: bytes, plan: WirePlan) -> int:
-    """How many undeclared attributes were sent."""
+    """How many attributes were sent that are undeclared, or left out by protobuf for an unknown field in their entry."""
     declared = {name.encode() for name in (*plan.text_attributes, *plan.number_attributes)}
     sent = [part for number, wire, part in fields(encoded) if (number, wire) == (5, LENGTH)]
-    names = [_name(part) for struct in sent for part in _entries(struct)]
-    return sum(name not in declared for name in names)
+    return sum(_name(part) not in declared or _has_unknown(part) for struct in sent for part in _entries(struct))
 
 
 def value_of(event: event_pb2.Event, name: str) -> str | float | None:
@@ -116,6 +115,10 @@ def _sizes(struct: bytes) -> list[int]:
 
 def _entries(struct: bytes) -> list[bytes]:
     return [part for number, wire, part in fields(struct) if (number, wire) == (1, LENGTH)]
+
+
+def _has_unknown(part: bytes) -> bool:
+    return any((number, wire) not in ((1, LENGTH), (2, LENGTH)) for number, wire, _ in fields(part))
 
 
 def _name(part: bytes) -> bytes:

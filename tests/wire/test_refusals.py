@@ -12,7 +12,7 @@ from profile_service.wire.reasons import reason_name
 from profile_service.wire.scan import scan_batch
 from tests.wire import encoding as enc
 from tests.wire.oracle import frame
-from userprofile.v1 import event_pb2
+from userprofile.v1 import event_pb2, event_service_pb2
 
 NOW_S = 1_790_000_000
 NOW_NS = NOW_S * 10**9
@@ -162,6 +162,15 @@ def test_a_declared_attribute_of_another_type_is_refused(name: str, value: bytes
         decode_events(frame([GOOD, attributed(name, value)]), PLAN, NOW_NS)
     [violation] = caught.value.violations
     assert (violation.field, violation.description) == (f"events[1].attributes.{name}", reason)
+
+
+def test_an_entry_with_an_unknown_field_is_no_attribute_as_protobuf_has_it() -> None:
+    strange = enc.delimited(1, enc.delimited(1, b"price") + enc.delimited(2, enc.text_value(b"x")) + enc.integer(3, 1))
+    right = enc.entry(b"price", enc.double(2, 5))
+    message = frame([GOOD + enc.delimited(5, right + strange)])
+    assert event_service_pb2.IngestEventsRequest.FromString(message).events[0].attributes["price"] == 5
+    assert decode_events(message, PLAN, NOW_NS).number[0, 0] == 5
+    assert scan_batch(message, PLAN, Limits(), NOW_NS).ignored_attributes == 1
 
 
 def test_only_the_last_value_of_a_declared_attribute_has_to_be_of_its_type() -> None:
