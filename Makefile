@@ -100,7 +100,7 @@ check-protos: $(STAMP)
 
 check-generated: $(STAMP)
 	scripts/generate_protos.sh --check
-	if [ -e scripts/generate_sync_client.py ]; then $(PYTHON) scripts/generate_sync_client.py --check; fi
+	$(PYTHON) scripts/generate_sync_client.py --check
 
 check-lock: $(STAMP)
 	$(UV) lock --quiet --check
@@ -116,7 +116,7 @@ fix: $(STAMP)  ## Format, and mend what can be mended by itself
 .PHONY: protos
 protos: $(STAMP)  ## Generate code and descriptors from protos/
 	scripts/generate_protos.sh
-	if [ -e scripts/generate_sync_client.py ]; then $(PYTHON) scripts/generate_sync_client.py; fi
+	$(PYTHON) scripts/generate_sync_client.py
 
 .PHONY: baseline
 baseline: $(STAMP)  ## Take the public protos of now as what must not break from here on
