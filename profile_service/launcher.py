@@ -118,6 +118,8 @@ class Service:
             if isinstance(error.cause, StartupError):
                 raise StartupError(error.cause.message) from None
             raise
+        except ray.exceptions.RayActorError as error:
+            raise StartupError(f"a process of the service cannot start: {error}") from None
 
     def _ask(self, answer: Any, timeout_s: float, who: str) -> None:
         import ray

@@ -1,5 +1,6 @@
 """A Ray of our own inside this process's tree, for a service on one machine. It listens on the loopback interface only,
-whatever the service itself listens on; it ends with this process, however that ends.
+whatever the service itself listens on. It ends with this process, however that ends; after a SIGKILL two agents of Ray,
+which hold nothing of ours, look for the rest of it for another minute.
 
 Nothing of it is shared: another Ray on the machine, or in the environment's RAY_ADDRESS, is left alone.
 """

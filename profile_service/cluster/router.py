@@ -224,13 +224,14 @@ class Router:
         return max(known)
 
     async def status(self) -> list[tuple[ShardLocation, shard_pb2.GetShardStatusResponse | None]]:
-        """How each shard does, by shard id; None where one cannot be reached."""
+        """How each shard does, by shard id; None where one cannot be reached. A shard that knows of a later epoch is
+        followed."""
         links = [self._links[shard_id] for shard_id in sorted(self._links)]
         answers = await asyncio.gather(*(link.status(CONTROL_TIMEOUT_S) for link in links), return_exceptions=True)
-        return [
-            (link.location, None if isinstance(answer, BaseException) else answer)
-            for link, answer in zip(links, answers, strict=True)
-        ]
+        statuses = [None if isinstance(answer, BaseException) else answer for answer in answers]
+        if any(status.epoch > self.topology.epoch for status in statuses if status is not None):
+            await self.refresh()
+        return [(link.location, status) for link, status in zip(links, statuses, strict=True)]
 
     async def refresh(self) -> None:
         """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one

@@ -15,7 +15,7 @@ from profile_service.clock import Clock
 from profile_service.cluster.router import Router
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
-from profile_service.errors import InvalidArgument, Unimplemented
+from profile_service.errors import InvalidArgument, Unavailable, Unimplemented
 from profile_service.frontends.admin import Admin
 from profile_service.frontends.ingest import Ingest
 from profile_service.frontends.metrics import Metrics
@@ -70,7 +70,7 @@ class Api:
         metrics.watch_shards(lambda: self.admin.last_shards)
 
     def drain(self) -> None:
-        """From now on streams end when what they have read is acknowledged."""
+        """From now on streams end when what they have read is acknowledged, and calls are told to come again."""
         self.admin.draining = True
         self.ingest.drain()
 
@@ -87,6 +87,8 @@ class Api:
             answer = self._calls.get(method)
             if answer is None:
                 raise _unimplemented(method)
+            if self.admin.draining and not method.startswith(ADMIN_SERVICE):
+                raise Unavailable("this frontend shuts down; connect again", retry_after_s=0.5)
             if len(request) > self._message_bytes:
                 raise InvalidArgument("", f"a message must be at most {self._message_bytes} bytes, is {len(request)}")
             return await answer(request, context.deadline_s)

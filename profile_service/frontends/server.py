@@ -37,6 +37,10 @@ OVERSIZE_FACTOR = 2
 """gRPC itself refuses what is so many times the limit; what is less over it is refused by us, and says by which
 limit."""
 
+TURN_AWAY_S = 0.3
+"""How long calls that come while draining are told to come again. When gRPC stops, it breaks off as cancelled what has
+arrived and was not read yet; by then a burst of calls has been read."""
+
 FLUSH_S = 0.5
 """For the last answers to leave after everything is answered."""
 
@@ -93,7 +97,7 @@ class Frontend:
             await self._router.start()
             self._http = _HttpServer(
                 uvicorn.Config(
-                    build_app(self.api, self._metrics, lambda: self.ready),
+                    build_app(self.api, self._metrics, lambda: self.ready, self._settings.limits),
                     http="httptools",
                     ws="none",
                     lifespan="off",
@@ -126,6 +130,7 @@ class Frontend:
         self.api.drain()
         http, *others = self._tasks
         self._http.should_exit = True
+        await asyncio.sleep(TURN_AWAY_S)
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_timeout_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):

@@ -144,6 +144,14 @@ async def test_a_stale_epoch_is_refreshed_and_nothing_is_lost() -> None:
         assert router.topology.epoch == cluster.topology.epoch
 
 
+async def test_an_idle_router_hears_of_a_later_epoch_when_it_asks_how_the_shards_do() -> None:
+    async with running(shards=2) as (cluster, router):
+        cluster.publish(cluster.topology.with_shards({}))
+        assert router.topology.epoch < cluster.topology.epoch
+        await router.status()
+        assert router.topology.epoch == cluster.topology.epoch
+
+
 async def test_a_full_window_refuses_single_batches_and_holds_streams_back() -> None:
     release = asyncio.Event()
 
