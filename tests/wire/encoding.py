@@ -64,7 +64,7 @@ def struct_value(fields: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def fields(message: bytes) -> list[tuple[int, int, bytes]]:
-    """(number, wire type, payload) of each field of a well-formed message; of a group its begin alone, without payload."""
+    """(number, wire type, payload) of each field of a well-formed message; of a group its begin alone."""
     found = []
     pos = 0
     inside: list[int] = []

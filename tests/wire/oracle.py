@@ -75,7 +75,7 @@ def verdict(encoded: bytes, plan: WirePlan, limits: Limits, now_ns: int) -> str:
 
 
 def ignored_attributes(encoded: bytes, plan: WirePlan) -> int:
-    """How many attributes were sent that are undeclared, or left out by protobuf for an unknown field in their entry."""
+    """How many attributes were sent that are undeclared, or left out by protobuf for an unknown field in them."""
     declared = {name.encode() for name in (*plan.text_attributes, *plan.number_attributes)}
     sent = [part for number, wire, part in fields(encoded) if (number, wire) == (5, LENGTH)]
     return sum(_name(part) not in declared or _has_unknown(part) for struct in sent for part in _entries(struct))
