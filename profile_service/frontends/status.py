@@ -50,7 +50,6 @@ TABLE = (
     Row(errors.NotMine, grpc.StatusCode.UNAVAILABLE, "NOT_MINE"),
     Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
-    Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
     Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     Row(errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
     Row(errors.DataLoss, grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
