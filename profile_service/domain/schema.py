@@ -1,15 +1,13 @@
 """What a profile is: the schema, parsed from YAML and checked whole.
 
 `parse_schema` finds every fault of a file and says the line of each. What it returns is frozen and valid: nothing
-downstream checks again. `schema_yaml` turns text into values that know their lines; this module says what the values
-must be.
+downstream checks again. `schema_yaml` turns text into values that know their lines, `schema_options` reads what belongs
+to a feature's kind, and this module says what all else must be.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,12 +16,12 @@ from importlib import resources
 from pathlib import Path
 
 import xxhash
-from pydantic import ValidationError
 
 from profile_service.domain.duration import parse_duration
 from profile_service.domain.features import KINDS
-from profile_service.domain.features.base import KindOptions
-from profile_service.domain.schema_yaml import Node, Scalar, parse_yaml
+from profile_service.domain.features.base import FeatureKind, KindOptions
+from profile_service.domain.schema_options import nearest, read_options
+from profile_service.domain.schema_yaml import Node, join, parse_yaml, show
 from profile_service.errors import SchemaError, SchemaFault, StartupError
 
 SHIPPED = ("marketplace", "retail")
@@ -31,6 +29,9 @@ SHIPPED = ("marketplace", "retail")
 
 MOST_FEATURES = 256
 MOST_EVENT_TYPES = 256
+LEAST_WEIGHT = 1e-6
+MOST_WEIGHT = 1e6
+"""Of an event: further apart, 32 bits could not hold sums of both."""
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _NAME_RULE = "a name starts with a letter or _, goes on with letters, digits, _ . - and has at most 64 characters"
 _TOP_KEYS = ("name", "events", "half_life", "ttl", "features")
@@ -150,172 +151,163 @@ class _Parser:
         self._check_keys(top, _TOP_KEYS, "")
         for key in ("name", "events", "features"):
             if key not in top:
-                self._fault(root, key, f"is missing: every schema has {key}")
+                self._fault(root.line, key, f"is missing: every schema has {key}")
         name = self._name(top["name"]) if "name" in top else None
         half_life_s = self._duration(top.get("half_life"), "half_life")
         ttl_s = self._duration(top.get("ttl"), "ttl")
-        event_types = self._event_types(top.get("events"))
-        features = self._features(top.get("features"), event_types, half_life_s)
-        self._check_attribute_types(features, top.get("features"))
-        if self._faults or name is None:
+        event_types = self._event_types(top["events"]) if "events" in top else None
+        features = self._features(top["features"], event_types, half_life_s) if "features" in top else []
+        if self._faults or name is None or event_types is None:
             return None
         return Schema(name, tuple(event_types), tuple(features), ttl_s, self._text)
 
-    def _fault(self, node: Node, path: str, description: str) -> None:
-        self._faults.append(SchemaFault(node.line, path or "schema", description))
+    def _fault(self, line: int, path: str, description: str) -> None:
+        self._faults.append(SchemaFault(line, path or "schema", description))
 
     def _mapping(self, node: Node, path: str, what: str) -> Mapping[str, Node] | None:
         if isinstance(node.value, dict):
             return node.value
-        self._fault(node, path, f"must be {what}")
+        self._fault(node.line, path, f"must be {what}")
         return None
 
     def _check_keys(self, given: Mapping[str, Node], known: Iterable[str], path: str) -> None:
-        known = tuple(known)
         for key, node in given.items():
             if key not in known:
-                self._fault(node.key or node, _join(path, key), f"is not known here{_nearest(key, known)}")
+                self._fault(node.key_line, join(path, key), f"is not known here{nearest(key, known)}")
 
     def _name(self, node: Node) -> str | None:
-        value = node.value
-        if not isinstance(value, Scalar) or not _NAME.fullmatch(value.text):
-            self._fault(node, "name", _NAME_RULE)
-            return None
-        return value.text
+        if node.scalar is not None and _NAME.fullmatch(node.scalar.text):
+            return node.scalar.text
+        self._fault(node.line, "name", _NAME_RULE)
+        return None
 
     def _duration(self, node: Node | None, path: str) -> float | None:
         if node is None:
             return None
         try:
-            if not isinstance(node.value, Scalar):
+            if node.scalar is None:
                 raise ValueError("must be a duration such as 30d, or none")
-            return parse_duration(node.value.text)
+            if node.scalar.is_null:
+                raise ValueError("is empty: write none for never, or a duration such as 30d")
+            return parse_duration(node.scalar.text)
         except ValueError as error:
-            self._fault(node, path, str(error))
+            self._fault(node.line, path, str(error))
             return None
 
-    def _event_types(self, node: Node | None) -> list[EventType]:
-        given = self._mapping(node, "events", "a mapping of event types, as view: {weight: 1}") if node else None
-        if node is None or given is None:
-            return []
+    def _event_types(self, node: Node) -> list[EventType] | None:
+        given = self._mapping(node, "events", "a mapping of event types, as view: {weight: 1}")
+        if given is None:
+            return None
         if not given:
-            self._fault(node, "events", "declares no event type")
+            self._fault(node.line, "events", "declares no event type")
         if len(given) > MOST_EVENT_TYPES:
-            self._fault(node, "events", f"declares {len(given)} event types, at most {MOST_EVENT_TYPES} are possible")
-        answer = []
-        for name, options in given.items():
-            path = f"events.{name}"
-            if not _NAME.fullmatch(name):
-                self._fault(options.key or options, path, _NAME_RULE)
-            keys = self._mapping(options, path, "a mapping, as {weight: 1}")
-            weight = 1.0
-            if keys is not None:
-                self._check_keys(keys, ("weight",), path)
-                if "weight" not in keys:
-                    self._fault(options, f"{path}.weight", "is missing: write {weight: 1}")
-                else:
-                    weight = self._weight(keys["weight"], f"{path}.weight")
-            answer.append(EventType(name, weight))
-        return answer
+            self._fault(
+                node.line, "events", f"declares {len(given)} event types, at most {MOST_EVENT_TYPES} are possible"
+            )
+        return [EventType(name, self._event_weight(name, options)) for name, options in given.items()]
 
-    def _weight(self, node: Node, path: str) -> float:
-        value = node.value.value if isinstance(node.value, Scalar) else None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._fault(node, path, "must be a number")
-        elif not math.isfinite(value) or not 0 < value <= 1e6:
-            self._fault(node, path, f"must be above 0 and at most 1000000, is {value}")
+    def _event_weight(self, name: str, node: Node) -> float:
+        path = join("events", name)
+        if not _NAME.fullmatch(name):
+            self._fault(node.key_line, path, _NAME_RULE)
+        keys = self._mapping(node, path, "a mapping, as {weight: 1}")
+        if keys is None:
+            return 1.0
+        self._check_keys(keys, ("weight",), path)
+        if "weight" not in keys:
+            self._fault(node.key_line, f"{path}.weight", "is missing: write {weight: 1}")
+            return 1.0
+        weight = keys["weight"]
+        number = weight.scalar.number if weight.scalar is not None else None
+        if number is None:
+            self._fault(weight.line, f"{path}.weight", "must be a number")
+        elif not LEAST_WEIGHT <= number <= MOST_WEIGHT:  # nor NaN
+            possible = f"from {LEAST_WEIGHT:f} to {MOST_WEIGHT:.0f}"
+            self._fault(weight.line, f"{path}.weight", f"must be {possible}, is {number:g}")
         else:
-            return float(value)
+            return float(number)
         return 1.0
 
     def _features(
-        self, node: Node | None, event_types: list[EventType], half_life_s: float | None
+        self, node: Node, event_types: list[EventType] | None, half_life_s: float | None
     ) -> list[FeatureSpec]:
-        given = self._mapping(node, "features", "a mapping of features, as color: {kind: …}") if node else None
-        if node is None or given is None:
+        given = self._mapping(node, "features", "a mapping of features, as color: {kind: …}")
+        if given is None:
             return []
         if not given:
-            self._fault(node, "features", "declares no feature")
+            self._fault(node.line, "features", "declares no feature")
         if len(given) > MOST_FEATURES:
-            self._fault(node, "features", f"declares {len(given)} features, at most {MOST_FEATURES} are possible")
+            self._fault(node.line, "features", f"declares {len(given)} features, at most {MOST_FEATURES} are possible")
         answer = []
-        for name, options in given.items():
+        for name, keys in given.items():
             if not _NAME.fullmatch(name):
-                self._fault(options.key or options, f"features.{name}", _NAME_RULE)
-            spec = self._feature(name, options, event_types, half_life_s)
+                self._fault(keys.key_line, join("features", name), _NAME_RULE)
+            spec = self._feature(name, keys, event_types, half_life_s)
             if spec is not None:
                 answer.append(spec)
+        self._check_attribute_types(answer, given)
         return answer
 
     def _feature(
-        self, name: str, node: Node, event_types: list[EventType], default_half_life_s: float | None
+        self, name: str, node: Node, event_types: list[EventType] | None, default_half_life_s: float | None
     ) -> FeatureSpec | None:
-        path = f"features.{name}"
+        path = join("features", name)
         keys = self._mapping(node, path, "a mapping with kind and the kind's options")
         if keys is None:
             return None
         events = self._feature_events(keys.get("events"), f"{path}.events", event_types)
-        own_half_life_s = self._duration(keys.get("half_life"), f"{path}.half_life")
-        kinds = ", ".join(KINDS)
-        if "kind" not in keys:
-            self._fault(node, f"{path}.kind", f"is missing: one of {kinds}")
-            return None
-        kind_value = keys["kind"].value
-        kind_name = kind_value.text if isinstance(kind_value, Scalar) else ""
-        kind = KINDS.get(kind_name)
+        half_life_s = self._duration(keys.get("half_life"), f"{path}.half_life")
+        kind = self._kind(node, keys, path)
         if kind is None:
-            self._fault(
-                keys["kind"], f"{path}.kind", f"{kind_name!r} is not a kind{_nearest(kind_name, KINDS)}; one of {kinds}"
-            )
             return None
         if "half_life" in keys and not kind.decays:
-            self._fault(keys["half_life"], f"{path}.half_life", f"a {kind_name} does not decay: leave it out")
-        own = {key: value for key, value in keys.items() if key not in ("kind", "events", "half_life")}
-        try:
-            options = kind.Options.model_validate({key: _plain(value, kind.Options, key) for key, value in own.items()})
-        except ValidationError as error:
-            self._option_faults(error, node, own, path, kind.Options.model_fields)
+            self._fault(keys["half_life"].key_line, f"{path}.half_life", f"a {kind.name} does not decay: leave it out")
+        options = read_options(kind.Options, node, path, self._faults)
+        if options is None:
             return None
-        half_life_s = own_half_life_s if "half_life" in keys else default_half_life_s
-        return FeatureSpec(name, kind_name, options, events, half_life_s if kind.decays else None)
+        if "half_life" not in keys:
+            half_life_s = default_half_life_s
+        return FeatureSpec(name, kind.name, options, events, half_life_s if kind.decays else None)
 
-    def _feature_events(self, node: Node | None, path: str, event_types: list[EventType]) -> tuple[str, ...]:
-        names = [event.name for event in event_types]
+    def _kind(self, node: Node, keys: Mapping[str, Node], path: str) -> FeatureKind | None:
+        kinds = ", ".join(KINDS)
+        if "kind" not in keys:
+            self._fault(node.key_line, f"{path}.kind", f"is missing: one of {kinds}")
+            return None
+        scalar = keys["kind"].scalar
+        name = scalar.text if scalar is not None else ""
+        if name not in KINDS:
+            hint = (
+                f"{show(name)} is not a kind{nearest(name, KINDS)}; one of {kinds}"
+                if name
+                else f"must be one of {kinds}"
+            )
+            self._fault(keys["kind"].line, f"{path}.kind", hint)
+        return KINDS.get(name)
+
+    def _feature_events(self, node: Node | None, path: str, event_types: list[EventType] | None) -> tuple[str, ...]:
+        names = [event.name for event in event_types or ()]
         if node is None:
             return tuple(names)
         if not isinstance(node.value, list) or not node.value:
-            self._fault(node, path, "must be a list of event types")
+            self._fault(node.line, path, "must be a list of event types, as [view]")
             return ()
         chosen = set()
-        for item in node.value:
-            text = item.value.text if isinstance(item.value, Scalar) else None
-            if text not in names:
-                self._fault(item, path, f"{text!r} is not a declared event type{_nearest(text or '', names)}")
-            elif text in chosen:
-                self._fault(item, path, f"{text!r} stands there twice")
+        for index, item in enumerate(node.value):
+            at = f"{path}[{index}]"
+            if item.scalar is None:
+                self._fault(item.line, at, "must be the name of an event type")
+            elif item.scalar.text in chosen:
+                self._fault(item.line, at, f"{show(item.scalar.text)} stands there twice")
             else:
-                chosen.add(text)
+                chosen.add(item.scalar.text)
+                # Where no type could be read, that is the fault, and not each mention of one.
+                if event_types is not None and item.scalar.text not in names:
+                    hint = nearest(item.scalar.text, names)
+                    self._fault(item.line, at, f"{show(item.scalar.text)} is not a declared event type{hint}")
         return tuple(name for name in names if name in chosen)
 
-    def _option_faults(
-        self, error: ValidationError, node: Node, own: Mapping[str, Node], path: str, known: Iterable[str]
-    ) -> None:
-        for detail in error.errors():
-            at, where, field = node, path, ""
-            for step in detail["loc"]:
-                field = str(step)
-                where = _join(where, field) if isinstance(step, str) else f"{where}[{step}]"
-                at = _descend(at, step, own if at is node else None)
-            if detail["type"] == "missing":
-                description = "is missing"
-            elif detail["type"] == "extra_forbidden":
-                description = f"is not known here{_nearest(field, tuple(known))}"
-                at = at.key or at
-            else:
-                description = str(detail["msg"]).removeprefix("Value error, ")
-            self._fault(at, where, description)
-
-    def _check_attribute_types(self, features: list[FeatureSpec], node: Node | None) -> None:
+    def _check_attribute_types(self, features: list[FeatureSpec], given: Mapping[str, Node]) -> None:
         first: dict[str, FeatureSpec] = {}
         for spec in features:
             attribute, reads = attribute_of(spec), KINDS[spec.kind].reads
@@ -323,45 +315,10 @@ class _Parser:
                 continue
             before = first.setdefault(attribute, spec)
             if KINDS[before.kind].reads != reads:
-                assert node is not None
-                assert isinstance(node.value, dict)
-                at = node.value[spec.name]
-                keys = at.value
+                keys = given[spec.name].value
+                assert isinstance(keys, dict)
                 self._fault(
-                    keys["attribute"] if isinstance(keys, dict) else at,
-                    f"features.{spec.name}.attribute",
-                    f"{attribute!r} is a {KINDS[before.kind].reads} for feature {before.name} and a {reads} here",
+                    keys["attribute"].line,
+                    f"{join('features', spec.name)}.attribute",
+                    f"{show(attribute)} is a {KINDS[before.kind].reads} for feature {before.name} and a {reads} here",
                 )
-
-
-def _plain(node: Node, options: type[KindOptions], key: str) -> object:
-    """The node's value as plain Python; what stands in a list of texts is taken as it is written (`no`, `007`)."""
-    field = options.model_fields.get(key)
-    as_written = field is not None and (field.annotation is str or field.annotation == list[str])
-
-    def convert(value: Node) -> object:
-        if isinstance(value.value, dict):
-            return {name: convert(inner) for name, inner in value.value.items()}
-        if isinstance(value.value, list):
-            return [convert(inner) for inner in value.value]
-        return value.value.text if as_written else value.value.value
-
-    return convert(node)
-
-
-def _descend(node: Node, step: object, own: Mapping[str, Node] | None) -> Node:
-    value = own if own is not None else node.value
-    if isinstance(value, Mapping) and isinstance(step, str):
-        return value.get(step, node)
-    if isinstance(value, list) and isinstance(step, int) and step < len(value):
-        return value[step]
-    return node
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
