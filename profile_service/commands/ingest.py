@@ -66,7 +66,8 @@ def ingest(
     nanoseconds; without a zone they are UTC. An NDJSON line is an event as the REST API takes it, or a flat row. Null
     is the same as absent.
 
-    A run that was interrupted is gone on with by the same command: what the service already holds is not counted again.
+    After an interruption the same command goes on: what the service holds already is not counted again. So a file
+    counts once, however often it is sent; another --producer-id counts it anew.
     """
     from profile_service.commands.send import send_files
     from profile_service.commands.terminal import CommandError, say_error, stderr
@@ -114,10 +115,9 @@ def render_tally(tally: Tally, console: Console) -> None:
 
     from profile_service.commands.terminal import plain
 
-    skipped = f", {tally.held:,} held already from an earlier run and not counted again" if tally.held else ""
-    console.print(
-        f"{tally.read:,} rows: {tally.accepted:,} events counted, {tally.rejected:,} refused{skipped}", soft_wrap=True
-    )
+    accepted = f"{tally.accepted:,} event{'' if tally.accepted == 1 else 's'} accepted"
+    held = f", {tally.held:,} held already from an earlier run" if tally.held else ""
+    console.print(f"{tally.read:,} rows: {accepted}, {tally.rejected:,} refused{held}", soft_wrap=True)
     if not tally.groups:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
 
 import grpc
 import numpy as np
@@ -33,7 +33,7 @@ def sample() -> Sample:
 
 
 @pytest.fixture(scope="module")
-def found(service: ServeProcess, sample: Sample) -> Iterator[dict[int, profile_pb2.Profile]]:
+def found(service: ServeProcess, sample: Sample) -> dict[int, profile_pb2.Profile]:
     """Profiles of the shoppers with enough events, by shopper, after a replay into the service."""
     replay(sample.serialized(time.time_ns()), len(sample.events), service.grpc_address, Console(stderr=True), _NoStop())
     counts = np.bincount(sample.events.shopper, minlength=len(sample.tastes))
@@ -46,7 +46,7 @@ def found(service: ServeProcess, sample: Sample) -> Iterator[dict[int, profile_p
             request = profile_service_pb2.BatchGetProfilesRequest(user_ids=[shopper_id(shopper) for shopper in some])
             profiles.update(zip(some, stub.BatchGetProfiles(request, timeout=60).profiles, strict=True))
     assert [profiles[shopper].event_count for shopper in enough] == counts[enough].tolist()
-    yield profiles
+    return profiles
 
 
 def quartiles(profile: profile_pb2.Profile, feature: str) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def quartiles(profile: profile_pb2.Profile, feature: str) -> tuple[float, float]
 
 
 def share(hits: list[bool], what: str) -> float:
-    print(f"{what}: {np.mean(hits):.2%} of {len(hits)} shoppers with at least {ENOUGH_EVENTS} events")
+    sys.stdout.write(f"{what}: {np.mean(hits):.2%} of {len(hits)} shoppers with at least {ENOUGH_EVENTS} events\n")
     return float(np.mean(hits))
 
 

@@ -6,17 +6,16 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from profile_service.sample import load_sample
 from tests.e2e.serving import ServeProcess, run
 from userprofile.v1 import profile_pb2, profile_service_pb2, profile_service_pb2_grpc
 
@@ -41,7 +40,7 @@ def ingest(service: ServeProcess, *arguments: str | Path) -> dict[str, Any]:
     return tally
 
 
-def cars(users: list[str | None], **columns: Any) -> pa.Table:
+def cars(users: Sequence[str | None], **columns: Any) -> pa.Table:
     count = len(users)
     usual = {"user_id": users, "event_type": ["view"] * count, "event_time": [NOW_S] * count}
     return pa.table({**usual, "color": ["red"] * count, "price": [12_900.0] * count, **columns})
@@ -50,7 +49,7 @@ def cars(users: list[str | None], **columns: Any) -> pa.Table:
 @pytest.mark.parametrize("kind", ["parquet", "csv", "ndjson"])
 def test_a_file_of_any_kind_becomes_profiles(service: ServeProcess, tmp_path: Path, kind: str) -> None:
     users = [f"{kind}-{i % 7}" for i in range(1_000)]
-    table = cars([*users], item_id=list(range(1_000)))
+    table = cars(users, item_id=list(range(1_000)))
     path = tmp_path / f"events.{kind}"
     if kind == "parquet":
         pq.write_table(table, path)
@@ -88,13 +87,14 @@ def test_what_is_refused_is_told_by_reason_with_its_rows(service: ServeProcess, 
     assert told == {
         ("a.parquet", 2): "attributes.price", ("a.parquet", 5): "attributes.price",
         ("a.parquet", 3): "user_id", ("a.parquet", 6): "user_id",
-        ("b.csv", 1): "attributes.price", ("b.csv", 2): "type", ("b.csv", 3): "time", ("b.csv", 4): "", ("b.csv", 5): "time",
+        ("b.csv", 1): "attributes.price", ("b.csv", 2): "type",
+        ("b.csv", 3): "time", ("b.csv", 4): "", ("b.csv", 5): "time",
     }  # fmt: skip
     assert all(reason["reason"] for reason in tally["reasons"])
 
     shown = run("ingest", str(odd), "--address", service.grpc_address, "--producer-id", "shown", "--strict")
     assert shown.returncode == 1, "strict"
-    assert "1 events counted, 5 refused" in shown.stdout
+    assert "1 event accepted, 5 refused" in shown.stdout
     assert "attributes.price" in shown.stdout
 
 
@@ -103,7 +103,7 @@ def test_the_same_file_again_is_not_counted_again(service: ServeProcess, tmp_pat
     pq.write_table(cars(["again"] * 500), path)
     assert ingest(service, path)["accepted"] == 500
     again = ingest(service, path)
-    assert (again["sent"], again["skipped"]) == (0, 500)
+    assert again["sent"] + again["skipped"] == 500, "the last batches may be sent again, the service knows them"
     assert counted(service, "again") == 500
     assert ingest(service, path, "--producer-id", "somebody-else")["accepted"] == 500
     assert counted(service, "again") == 1_000
@@ -226,23 +226,26 @@ def test_a_column_mapping_may_come_from_a_file(service: ServeProcess, tmp_path: 
     path.write_text("visitor,at,paint,cost\nmapped,2026-01-02 03:04:05,blue,1000\n")
     assert ingest(service, path, "--mapping", mapping)["accepted"] == 1
     profile = profiles(service, "mapped")["mapped"]
-    assert profile.features["color"].categorical.values[0].weight > 0
+    assert {value.value: value.weight > 0 for value in profile.features["color"].categorical.values}["blue"]
     assert profile.features["price"].distribution.max == 1000
 
 
 def test_memory_does_not_grow_with_the_file(service: ServeProcess, tmp_path: Path) -> None:
-    def peak_bytes(rows: int) -> int:
-        path = tmp_path / f"{rows}.parquet"
-        sample = load_sample().events
-        users = np.char.add("memory-", (sample.shopper[:rows] % 50).astype(str))
-        pq.write_table(cars(np.resize(users, rows).tolist()), path, row_group_size=50_000)
+    part = cars([f"memory-{i % 50}" for i in range(50_000)])
+
+    def peak_bytes(parts: int) -> int:
+        path = tmp_path / f"{parts}.parquet"
+        with pq.ParquetWriter(path, part.schema) as writer:
+            for _ in range(parts):
+                writer.write_table(part)
+        # The high-water mark of this program alone; what getrusage tells would begin with that of its parent.
         code = (
-            "import sys, resource; from profile_service.cli import app\n"
+            "import re, sys; from pathlib import Path; from profile_service.cli import app\n"
             f"app(['ingest', {str(path)!r}, '--address', {service.grpc_address!r}, '--json'], standalone_mode=False)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+            "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1], file=sys.stderr)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["accepted"] == parts * len(part)
         return int(done.stderr.split()[-1]) * 1024
 
-    small, large = peak_bytes(50_000), peak_bytes(800_000)
-    assert large < small + 100_000_000, (small, large)
+    assert peak_bytes(24) < peak_bytes(4) + 50_000_000
