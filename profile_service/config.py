@@ -1,4 +1,4 @@
-"""Settings with their units, frozen. What is fixed when a data directory is made stands apart from what a restart may change."""
+"""Settings with their units, frozen. What is fixed when a data directory is made stands apart from what may change."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ class Fixed:
     """2**partition_bits partitions; at most 16."""
 
 
+def default_shards() -> int:
+    """One shard for each core but the frontend's, at least one."""
+    return max(1, (os.cpu_count() or 1) - 1)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that `serve` needs to know."""
@@ -59,7 +64,7 @@ class Settings:
     schema_path: Path | None = None
     """Schema file; None takes the shipped `marketplace`."""
     data_dir: Path | None = None
-    shards: int = field(default_factory=lambda: default_shards())
+    shards: int = field(default_factory=default_shards)
     host: str = "127.0.0.1"
     grpc_port: int = 50051
     """0 takes a free port."""
@@ -71,8 +76,3 @@ class Settings:
     population_interval_s: float = 0.5
     """How often the population is gathered from the shards; the contract allows it to be 2 s old."""
     drain_timeout_s: float = 30.0
-
-
-def default_shards() -> int:
-    """One shard for each core but the frontend's, at least one."""
-    return max(1, (os.cpu_count() or 1) - 1)

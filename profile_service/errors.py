@@ -1,17 +1,17 @@
 """The one error tree. `frontends.status` maps each class to a gRPC status and an HTTP code; nothing else does.
 
-    ProfileServiceError
-    ├── InvalidArgument        the caller's request is wrong: names the field and what would be right
-    ├── NotFound               what was asked for does not exist
-    ├── ResourceExhausted      a bounded queue is full: try again after `retry_after_s`
-    ├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
-    │   └── NotMine            routed by a stale topology: refresh it, then try again
-    ├── Superseded             a newer stream of the same producer has taken over from this one
-    ├── DeadlineExceeded       the caller's deadline passed before the answer was ready
-    ├── Unimplemented          named in the contract, not served by this version
-    ├── DataLoss               stored bytes are not what was written
-    ├── SchemaError            faults of a schema file, all of them, with line numbers
-    └── StartupError           the service cannot start here: says what to do
+ProfileServiceError
+├── InvalidArgument        the caller's request is wrong: names the field and what would be right
+├── NotFound               what was asked for does not exist
+├── ResourceExhausted      a bounded queue is full: try again after `retry_after_s`
+├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
+│   └── NotMine            routed by a stale topology: refresh it, then try again
+├── Superseded             a newer stream of the same producer has taken over from this one
+├── DeadlineExceeded       the caller's deadline passed before the answer was ready
+├── Unimplemented          named in the contract, not served by this version
+├── DataLoss               stored bytes are not what was written
+├── SchemaError            faults of a schema file, all of them, with line numbers
+└── StartupError           the service cannot start here: says what to do
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ProfileServiceError(Exception):
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """A field of a request that is wrong: its path from the request (`events[3].user_id`) and what is wrong with it."""
+    """A field of a request that is wrong: its path (`events[3].user_id`) and what is wrong with it."""
 
     field: str
     description: str
@@ -87,7 +87,7 @@ class DataLoss(ProfileServiceError):
 
 @dataclass(frozen=True)
 class SchemaFault:
-    """One fault of a schema file: 1-based line, dotted path (`features.color.values`), what is wrong and what is right."""
+    """One fault of a schema file: 1-based line, dotted path (`features.color.values`), what is wrong."""
 
     line: int
     path: str

@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 
 NO_LANDMARK = np.iinfo(np.int64).min
 """The landmark of a feature that has seen nothing."""
@@ -30,7 +30,7 @@ above, and 190 below."""
 NS = 1_000_000_000
 
 
-@kernel
+@leaf_kernel
 def power_of_two(exponent: int) -> float:
     """2.0 ** exponent; 0.0 below what float64 holds."""
     if exponent < -1074:
@@ -42,7 +42,7 @@ ROUNDED_BITS = (1 << 29) - 1
 """The bits of a float64's fraction that a float32 has not."""
 
 
-@kernel
+@leaf_kernel
 def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
     """`total + weight` without the bits of `rounded_bits`, rounded up as often as their share of a unit asks for.
 
@@ -57,7 +57,7 @@ def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
     return np.uint64((bits + (noise & mask)) & ~mask).view(np.float64)
 
 
-@kernel
+@leaf_kernel
 def decompose(
     time_ns: NDArray[np.int64], half_life_ns: int, grid: NDArray[np.int64], mantissa: NDArray[np.float64]
 ) -> None:

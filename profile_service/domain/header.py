@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from profile_service.domain.layout import EVENT_COUNT, FIRST_SEEN, LAST_RECEIVED, LAST_SEEN
 
 
-@kernel
+@leaf_kernel
 def update_header(i8: NDArray[np.int64], rows: NDArray[np.int64], time_ns: NDArray[np.int64], received_ns: int) -> None:
     """Counts each event into its row's header."""
     for i in range(len(rows)):

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel, to_i64
+from profile_service.domain.kernel import leaf_kernel, to_i64
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -30,7 +30,7 @@ _FULLEST = 0.8
 _COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
 
 
-@kernel
+@leaf_kernel
 def _find(
     slots: NDArray[np.uint64],
     hashes: NDArray[np.uint64],
@@ -61,7 +61,7 @@ def _find(
     return -1 - to_i64(at)
 
 
-@kernel
+@leaf_kernel
 def _find_many(
     slots: NDArray[np.uint64],
     hashes: NDArray[np.uint64],
@@ -113,7 +113,7 @@ def _find_many(
     return new
 
 
-@kernel
+@leaf_kernel
 def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> None:
     """Frees a slot, moving back what would no longer be found behind the hole."""
     mask = len(slots) - 1
@@ -131,7 +131,7 @@ def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> N
     slots[hole] = np.uint64(0)
 
 
-@kernel
+@leaf_kernel
 def _rehash(old: NDArray[np.uint64], hashes: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
     mask = np.uint64(len(slots) - 1)
     for i in range(len(old)):

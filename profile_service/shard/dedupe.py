@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel, to_i64
+from profile_service.domain.kernel import leaf_kernel, to_i64
 from profile_service.domain.memory import reserve
 
 REQUEST_PREFIX = "request:"
@@ -96,7 +96,7 @@ class ProducerSequences:
 _HEAD, _TAIL = range(2)
 
 
-@kernel
+@leaf_kernel
 def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     """Position of the key, or of the free slot where it belongs."""
     mask = np.uint64(len(slots) - 1)
@@ -106,7 +106,7 @@ def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     return to_i64(at)
 
 
-@kernel
+@leaf_kernel
 def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
     mask = len(slots) - 1
     hole = _place(slots, key)
@@ -123,7 +123,7 @@ def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
     slots[hole] = np.uint64(0)
 
 
-@kernel
+@leaf_kernel
 def _admit(
     slots: NDArray[np.uint64],
     ring: NDArray[np.uint64],

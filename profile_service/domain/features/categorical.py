@@ -25,7 +25,7 @@ from profile_service.domain.features.base import (
     Weights,
     rounded_bits,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 OTHER = "other"
@@ -52,7 +52,7 @@ class CategoricalOptions(KindOptions):
     """How many events of weight 1 the prior is worth."""
 
 
-@kernel
+@leaf_kernel
 def _update(
     f4: Weights,
     rounded_bits: int,

@@ -16,7 +16,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -24,7 +24,7 @@ class CounterOptions(KindOptions):
     """A counter has no options of its own."""
 
 
-@kernel
+@leaf_kernel
 def _count(
     f8: NDArray[np.float64], slot: int, rows: NDArray[np.int64], types: NDArray[np.int16], weight: NDArray[np.float64]
 ) -> None:
@@ -33,7 +33,7 @@ def _count(
             f8[rows[i], slot] += 1.0
 
 
-@kernel
+@leaf_kernel
 def _sum(
     f8: NDArray[np.float64],
     i8: NDArray[np.int64],

@@ -22,7 +22,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import kernel, leaf_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -33,7 +33,7 @@ class DistinctOptions(KindOptions):
     precision: int = Field(default=8, ge=4, le=16)
 
 
-@kernel
+@leaf_kernel
 def _update(
     u1: NDArray[np.uint8],
     registers: int,
@@ -74,7 +74,7 @@ def _unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     return registers
 
 
-@kernel
+@leaf_kernel
 def _pack(registers: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
     packed[:] = 0
     for index in range(len(registers)):

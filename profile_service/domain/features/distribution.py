@@ -25,7 +25,7 @@ from profile_service.domain.features.base import (
     Weights,
     rounded_bits,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 PROBABILITIES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -87,7 +87,7 @@ class DistributionOptions(KindOptions):
     bins: Bins
 
 
-@kernel
+@leaf_kernel
 def _bin_of(edges: NDArray[np.float64], value: float) -> int:
     """How many edges are at or below `value`: 0 is under, len(edges) is over."""
     low = 0
@@ -101,7 +101,7 @@ def _bin_of(edges: NDArray[np.float64], value: float) -> int:
     return low
 
 
-@kernel
+@leaf_kernel
 def _update(
     f8: NDArray[np.float64],
     f4: Weights,

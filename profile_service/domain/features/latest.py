@@ -18,7 +18,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -28,7 +28,7 @@ class LatestOptions(KindOptions):
     attribute: str = Field(min_length=1)
 
 
-@kernel
+@leaf_kernel
 def _update(
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],

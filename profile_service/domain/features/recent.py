@@ -19,7 +19,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -30,7 +30,7 @@ class RecentOptions(KindOptions):
     size: int = Field(default=20, ge=1, le=1000)
 
 
-@kernel
+@leaf_kernel
 def _update(
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],

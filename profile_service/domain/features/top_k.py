@@ -28,7 +28,7 @@ from profile_service.domain.features.base import (
     Weights,
     rounded_bits,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 POPULATION_COUNTERS = 64
@@ -42,7 +42,7 @@ class TopKOptions(KindOptions):
     k: int = Field(default=10, ge=1, le=1000)
 
 
-@kernel
+@leaf_kernel
 def _update(
     f8: NDArray[np.float64],
     f4: Weights,

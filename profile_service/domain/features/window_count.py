@@ -23,7 +23,7 @@ from profile_service.domain.features.base import (
     RowViews,
     SlotAllocator,
 )
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import leaf_kernel
 from userprofile.v1 import profile_pb2
 
 FUTURE_S = 300.0
@@ -45,7 +45,7 @@ class WindowCountOptions(KindOptions):
         return self
 
 
-@kernel
+@leaf_kernel
 def _update(
     u4: NDArray[np.uint32],
     i8: NDArray[np.int64],
