@@ -18,6 +18,9 @@ from tests.e2e.calls import GrpcCaller, delimited
 from tests.e2e.serving import ServeProcess
 from tests.e2e.shop_events import ShopFile, write_shop_events
 
+# It starts a service of its own, which on a fresh machine compiles its kernels first.
+pytestmark = pytest.mark.timeout(400)
+
 VERIFY = Path(__file__).parents[2] / "scripts" / "verify_profiles.py"
 ROWS = 6_000
 USERS = 150
