@@ -41,6 +41,9 @@ TURN_AWAY_S = 0.3
 """How long calls that come while draining are told to come again. When gRPC stops, it breaks off as cancelled what has
 arrived and was not read yet; by then a burst of calls has been read."""
 
+HEALTH_INTERVAL_S = 0.05
+"""How often readiness is looked at."""
+
 FLUSH_S = 0.5
 """For the last answers to leave after everything is answered."""
 
@@ -78,6 +81,7 @@ class Frontend:
         self._health = health.aio.HealthServicer()
         self._grpc = _grpc_server(self.api, self._health, settings)
         self._draining = False
+        self._healthy = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self.grpc_address = ""
         self.http_address = ""
@@ -119,12 +123,13 @@ class Frontend:
         logger.info("gRPC on %s, HTTP on %s", self.grpc_address, self.http_address)
 
     async def wait_until_ready(self) -> None:
-        """Returns when every shard is connected."""
-        while not self.ready:  # noqa: ASYNC110  # It depends on many streams; looking is simpler than being told.
-            await asyncio.sleep(0.01)
+        """Returns when every shard is connected and the health service says so."""
+        await self._healthy.wait()
 
     async def drain(self) -> None:
-        """Accepts nothing new, answers everything accepted, and closes."""
+        """Accepts nothing new, answers everything accepted, and closes. May be called more than once."""
+        if self._draining:
+            return
         self._draining = True
         await self._health.enter_graceful_shutdown()
         self.api.drain()
@@ -158,7 +163,9 @@ class Frontend:
                 status = health_pb2.HealthCheckResponse.SERVING if known else health_pb2.HealthCheckResponse.NOT_SERVING
                 for service in ("", *SERVICES):
                     await self._health.set(service, status)
-            await asyncio.sleep(0.1)
+                if known:
+                    self._healthy.set()
+            await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
 class _HttpServer(uvicorn.Server):

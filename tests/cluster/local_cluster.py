@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -17,6 +18,7 @@ from profile_service.domain.schema import parse_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard
+from profile_service.shard.warm import warm_kernels
 from profile_service.storage.log import MemoryLog
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import ScannedBatch, scan_batch
@@ -78,6 +80,8 @@ class LocalCluster:
         return self.topology
 
     async def start(self) -> None:
+        # A kernel that has to be compiled first would hold the loop for seconds.
+        await asyncio.to_thread(_warm)
         for location in self.topology.shards:
             owned = self.topology.owned_by(location.shard_id)
             shard = self._make(location.shard_id, self.topology.epoch, owned)
@@ -180,3 +184,8 @@ class FakeShard:
 
     async def close(self) -> None:
         pass
+
+
+@functools.cache
+def _warm() -> None:
+    warm_kernels(SCHEMA)
