@@ -39,12 +39,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(_seed_line(config))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keeps everything that starts the service on one worker: two of them at once starve each other of cores."""
-    for item in items:
-        if END_TO_END in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("service"))
+    if END_TO_END in item.path.parents:
+        item.add_marker(pytest.mark.xdist_group("service"))
 
 
 @pytest.fixture(scope="session")
