@@ -170,17 +170,19 @@ class Router:
 
         async def attempt() -> ProfileServiceError | None:
             asked = self._split_users(user_ids, missing)
-            answers = await asyncio.gather(
-                *(link.reads.ask([user_ids[i] for i in indexes], features) for link, indexes in asked),
-                return_exceptions=True,
-            )
+            questions = [link.reads.ask([user_ids[i] for i in indexes], features) for link, indexes in asked]
+            # A task a question is for questions to several owners; most reads have one.
+            if len(questions) == 1:
+                answers = [await _answer_or_error(questions[0])]
+            else:
+                answers = await asyncio.gather(*(_answer_or_error(question) for question in questions))
             failure: ProfileServiceError | None = None
             missing.clear()
             for (_, indexes), answer in zip(asked, answers, strict=True):
                 if isinstance(answer, Unavailable):
                     missing.extend(indexes)
                     failure = answer
-                elif isinstance(answer, BaseException):
+                elif isinstance(answer, ProfileServiceError):
                     raise answer
                 else:
                     for index, profile in zip(indexes, answer, strict=True):
@@ -325,6 +327,13 @@ class Router:
                 await self.refresh()
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
+
+
+async def _answer_or_error(question: Awaitable[list[bytes]]) -> list[bytes] | ProfileServiceError:
+    try:
+        return await question
+    except ProfileServiceError as error:
+        return error
 
 
 @contextlib.asynccontextmanager
