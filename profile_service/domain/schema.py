@@ -143,6 +143,8 @@ class _Parser:
     def __init__(self, faults: list[SchemaFault], text: str) -> None:
         self._faults = faults
         self._text = text
+        self._readers: dict[str, tuple[str, str]] = {}
+        """By attribute: the first feature that reads it, and as what."""
 
     def parse(self, root: Node) -> Schema | None:
         top = self._mapping(root, "", "a mapping with name, events and features")
@@ -245,7 +247,6 @@ class _Parser:
             spec = self._feature(name, keys, event_types, half_life_s)
             if spec is not None:
                 answer.append(spec)
-        self._check_attribute_types(answer, given)
         return answer
 
     def _feature(
@@ -262,6 +263,7 @@ class _Parser:
             return None
         if "half_life" in keys and not kind.decays:
             self._fault(keys["half_life"].key_line, f"{path}.half_life", f"a {kind.name} does not decay: leave it out")
+        self._check_attribute_type(name, kind, keys, path)
         options = read_options(kind.Options, node, path, self._faults)
         if options is None:
             return None
@@ -307,18 +309,13 @@ class _Parser:
                     self._fault(item.line, at, f"{show(item.scalar.text)} is not a declared event type{hint}")
         return tuple(name for name in names if name in chosen)
 
-    def _check_attribute_types(self, features: list[FeatureSpec], given: Mapping[str, Node]) -> None:
-        first: dict[str, FeatureSpec] = {}
-        for spec in features:
-            attribute, reads = attribute_of(spec), KINDS[spec.kind].reads
-            if reads is None:
-                continue
-            before = first.setdefault(attribute, spec)
-            if KINDS[before.kind].reads != reads:
-                keys = given[spec.name].value
-                assert isinstance(keys, dict)
-                self._fault(
-                    keys["attribute"].line,
-                    f"{join('features', spec.name)}.attribute",
-                    f"{show(attribute)} is a {KINDS[before.kind].reads} for feature {before.name} and a {reads} here",
-                )
+    def _check_attribute_type(self, name: str, kind: FeatureKind, keys: Mapping[str, Node], path: str) -> None:
+        """What is a text for one feature is a number for none, whatever else is wrong with either."""
+        node = keys.get("attribute")
+        if kind.reads is None or node is None or node.scalar is None or node.scalar.is_null:
+            return
+        attribute = node.scalar.text
+        first, reads = self._readers.setdefault(attribute, (name, kind.reads))
+        if reads != kind.reads:
+            what = f"{show(attribute)} is a {reads} for feature {first} and a {kind.reads} here"
+            self._fault(node.line, f"{path}.attribute", what)
