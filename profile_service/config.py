@@ -76,3 +76,11 @@ class Settings:
     population_interval_s: float = 0.5
     """How often the population is gathered from the shards; the contract allows it to be 2 s old."""
     drain_timeout_s: float = 30.0
+
+    def address(self, port: int) -> str:
+        """host:port, with brackets around an IPv6 address.
+
+        >>> Settings(host="::1").address(80)
+        '[::1]:80'
+        """
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"

@@ -147,8 +147,8 @@ def _check_data_dir(settings: Settings) -> None:
 def _with_ports(settings: Settings) -> Settings:
     """Settings whose ports are free just now and not 0, so that a restarted frontend is found where it was."""
     with (
-        bind(settings.host, settings.grpc_port, "--grpc-port") as grpc_socket,
-        bind(settings.host, settings.http_port, "--http-port") as http_socket,
+        bind(settings, settings.grpc_port, "--grpc-port") as grpc_socket,
+        bind(settings, settings.http_port, "--http-port") as http_socket,
     ):
         return replace(settings, grpc_port=grpc_socket.getsockname()[1], http_port=http_socket.getsockname()[1])
 

@@ -5,41 +5,36 @@ from __future__ import annotations
 import errno
 import socket
 
+from profile_service.config import Settings
 from profile_service.errors import StartupError
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A TCP socket bound to host:port, not listening yet. Raises StartupError that names the port and the flag."""
+def bind(settings: Settings, port: int, flag: str) -> socket.socket:
+    """A TCP socket bound to settings.host:port, not listening yet.
+
+    Raises StartupError that names the port and the flag that gives another.
+    """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
-        raise StartupError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+        raise StartupError(f"--host {settings.host}: {error.strerror}; give an address of this machine") from None
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         # Connections of a server that has just ended may linger; they are no reason not to start.
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
+        bound.bind((settings.host, port))
     except OSError as error:
         bound.close()
-        raise StartupError(port_fault(host, port, flag, error.strerror, error.errno)) from None
+        raise StartupError(port_fault(settings, port, flag, error.strerror, error.errno)) from None
     return bound
 
 
-def join_address(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address.
-
-    >>> join_address("::1", 80)
-    '[::1]:80'
-    """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def port_fault(host: str, port: int, flag: str, reason: str | None, number: int | None = None) -> str:
+def port_fault(settings: Settings, port: int, flag: str, reason: str | None, number: int | None = None) -> str:
     """What is wrong with a port, and what to do."""
-    address = join_address(host, port)
+    address = settings.address(port)
     match number:
         case errno.EACCES:
             return f"{address} needs more rights than this user has; give another port with {flag}"
         case errno.EADDRNOTAVAIL:
-            return f"{host} is not an address of this machine; give one with --host"
+            return f"{settings.host} is not an address of this machine; give one with --host"
     return f"{address} cannot be listened on ({reason}); stop what listens there, or give another port with {flag}"

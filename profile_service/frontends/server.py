@@ -26,7 +26,7 @@ from profile_service.domain.schema import Schema
 from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallContext
 from profile_service.frontends.metrics import Metrics
-from profile_service.frontends.ports import bind, join_address, port_fault
+from profile_service.frontends.ports import bind, port_fault
 from profile_service.frontends.rest.app import build_app
 from profile_service.frontends.status import to_status, trailing_metadata
 from profile_service.wire.plan import WirePlan
@@ -93,11 +93,10 @@ class Frontend:
 
     async def start(self) -> None:
         """Opens the ports, connects to the shards and serves. Raises StartupError where a port cannot be had."""
-        host = self._settings.host
-        http_socket = bind(host, self._settings.http_port, "--http-port")
+        http_socket = bind(self._settings, self._settings.http_port, "--http-port")
         try:
-            self.grpc_address = join_address(host, self._bind_grpc(host, self._settings.grpc_port))
-            self.http_address = join_address(host, http_socket.getsockname()[1])
+            self.grpc_address = self._settings.address(self._bind_grpc())
+            self.http_address = self._settings.address(http_socket.getsockname()[1])
             await self._router.start()
             self._http = _HttpServer(
                 uvicorn.Config(
@@ -107,6 +106,7 @@ class Frontend:
                     lifespan="off",
                     access_log=False,
                     log_config=None,
+                    log_level="warning",
                     server_header=False,
                     timeout_graceful_shutdown=int(self._settings.drain_timeout_s),
                 )
@@ -148,11 +148,12 @@ class Frontend:
         await asyncio.gather(*others, return_exceptions=True)
         await self._router.close()
 
-    def _bind_grpc(self, host: str, port: int) -> int:
+    def _bind_grpc(self) -> int:
+        port = self._settings.grpc_port
         try:
-            return self._grpc.add_insecure_port(join_address(host, port))
+            return self._grpc.add_insecure_port(self._settings.address(port))
         except RuntimeError as error:
-            raise StartupError(port_fault(host, port, "--grpc-port", str(error))) from None
+            raise StartupError(port_fault(self._settings, port, "--grpc-port", str(error))) from None
 
     async def _report_health(self) -> None:
         """Tells the health service what `ready` says. A frontend that lost a shard still serves the others' users."""

@@ -13,6 +13,7 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -59,7 +60,7 @@ class ShardServer:
         self._shard = shard
         self._state = state
         self._window_bytes = settings.capacity.owner_window_bytes
-        self._host = settings.host
+        self._settings = settings
         self._server = aio.server(
             options=[
                 ("grpc.max_receive_message_length", settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES),
@@ -74,10 +75,12 @@ class ShardServer:
         self._server.add_generic_rpc_handlers((self._handlers(),))
 
     async def start(self) -> str:
-        """Begins to serve; returns host:port."""
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        """Begins to serve; returns host:port, by which this machine's frontends reach it."""
+        port = self._server.add_insecure_port(self._settings.address(0))
         await self._server.start()
-        return f"{self._host}:{port}"
+        # "Every address" is one to listen on, not one to call.
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)  # noqa: S104
+        return replace(self._settings, host=reachable).address(port)
 
     async def stop(self, grace_s: float) -> None:
         """Ends: takes no new call, and gives those that run so long to end."""
