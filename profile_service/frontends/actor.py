@@ -13,6 +13,7 @@ from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.frontends.server import Frontend
+from profile_service.shard.warm import warm_kernels
 
 
 class FrontendActor:
@@ -33,7 +34,7 @@ class FrontendActor:
             return current
 
         self._frontend = Frontend(schema, settings, topology, system_clock)
-        self._started = asyncio.create_task(self._frontend.start())
+        self._started = asyncio.create_task(self._start(schema))
 
     async def wait_until_ready(self) -> tuple[str, str]:
         """(gRPC address, HTTP address) once every shard is connected. Raises StartupError."""
@@ -41,7 +42,11 @@ class FrontendActor:
         await self._frontend.wait_until_ready()
         return self._frontend.grpc_address, self._frontend.http_address
 
+    async def _start(self, schema: Schema) -> None:
+        # Loading the compiled kernels takes a third of a second, which the first batch shall not wait for.
+        await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_kernels, schema))
+
     async def drain(self) -> None:
-        """Answers everything accepted, then serves no more."""
-        await self._started
-        await self._frontend.drain()
+        """Answers everything accepted, then serves no more. One that never served has nothing to answer."""
+        if self._started.done() and self._started.exception() is None:
+            await self._frontend.drain()

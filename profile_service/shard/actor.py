@@ -22,6 +22,7 @@ from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard
+from profile_service.shard.warm import warm_kernels
 from profile_service.storage.log import MemoryLog
 
 FAILED_EXIT_STATUS = 70
@@ -65,6 +66,8 @@ class ShardActor:
             clock=system_clock,
         )
         self._draining = False
+        # Loading the compiled kernels takes a third of a second, which the first batch shall not wait for.
+        await asyncio.to_thread(warm_kernels, schema)
         self._writer = asyncio.create_task(self._shard.run())
         self._writer.add_done_callback(self._writer_ended)
         self._server = ShardServer(self._shard, settings)
