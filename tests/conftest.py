@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-END_TO_END = Path(__file__).parent / "e2e"
+TESTS = Path(__file__).parent
+STARTS_THE_SERVICE = (TESTS / "e2e", TESTS / "cluster" / "test_service.py")
 
 settings.register_profile(
     "ci", max_examples=50, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -41,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Keeps everything that starts the service on one worker: two of them at once starve each other of cores."""
-    if END_TO_END in item.path.parents:
+    if any(item.path.is_relative_to(path) for path in STARTS_THE_SERVICE):
         item.add_marker(pytest.mark.xdist_group("service"))
 
 
