@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel, to_i64
+from profile_service.domain.kernel import copy_bytes, leaf_kernel, load_u64, to_i64
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -31,10 +31,23 @@ _COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
 
 
 @leaf_kernel
+def _is_equal(arena: NDArray[np.uint8], place: int, buffer: NDArray[np.uint8], start: int, length: int) -> bool:
+    k = 0
+    while k + 8 <= length:
+        if load_u64(arena, place + k) != load_u64(buffer, start + k):
+            return False
+        k += 8
+    while k < length:
+        if arena[place + k] != buffer[start + k]:
+            return False
+        k += 1
+    return True
+
+
+@leaf_kernel
 def _find(
     slots: NDArray[np.uint64],
-    hashes: NDArray[np.uint64],
-    extents: NDArray[np.int64],
+    entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
     buffer: NDArray[np.uint8],
     start: int,
@@ -47,25 +60,46 @@ def _find(
     at = key & mask
     while slots[at] != np.uint64(0):
         if slots[at] >> np.uint64(32) == upper:
-            number = np.int64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
-            if hashes[number] == key and (extents[number] & MOST_BYTES) == length:
-                place = extents[number] >> _LENGTH_BITS
-                equal = True
-                for k in range(length):
-                    if arena[place + k] != buffer[start + k]:
-                        equal = False
-                        break
-                if equal:
-                    return to_i64(at)
+            number = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+            extent = to_i64(entries[number, 1])
+            if (
+                entries[number, 0] == key
+                and (extent & MOST_BYTES) == length
+                and _is_equal(arena, extent >> _LENGTH_BITS, buffer, start, length)
+            ):
+                return to_i64(at)
         at = (at + np.uint64(1)) & mask
     return -1 - to_i64(at)
 
 
 @leaf_kernel
+def _look_ahead(
+    slots: NDArray[np.uint64],
+    entries: NDArray[np.uint64],
+    length: NDArray[np.int32],
+    key: NDArray[np.uint64],
+    likely: NDArray[np.int64],
+) -> None:
+    """For each key the number in its first slot if the whole hash fits, else -1.
+
+    The answers are hints. The two loops load from all over memory, but no load waits for the one before: the processor
+    overlaps them, and what the search needs next is then near.
+    """
+    mask = np.uint64(len(slots) - 1)
+    for i in range(len(key)):
+        slot = slots[key[i] & mask]
+        fits = slot != np.uint64(0) and slot >> np.uint64(32) == key[i] >> np.uint64(32) and length[i] >= 0
+        likely[i] = to_i64(slot & np.uint64(0xFFFFFFFF)) - 1 if fits else -1
+    for i in range(len(key)):
+        number = likely[i]
+        if number >= 0 and entries[number, 0] != key[i]:
+            likely[i] = -1
+
+
+@leaf_kernel
 def _find_many(
     slots: NDArray[np.uint64],
-    hashes: NDArray[np.uint64],
-    extents: NDArray[np.int64],
+    entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
     state: NDArray[np.int64],
     next_free: NDArray[np.int64],
@@ -81,15 +115,21 @@ def _find_many(
 
     Numbers that were never used before start at `first`; freed ones come first.
     """
+    _look_ahead(slots, entries, length, key, numbers)
     new = 0
     for i in range(len(key)):
         size = to_i64(length[i])
         if size < 0:
             numbers[i] = -1
             continue
-        at = _find(slots, hashes, extents, arena, buffer, offset[i], size, key[i])
+        likely = numbers[i]
+        if likely >= 0:
+            extent = to_i64(entries[likely, 1])
+            if (extent & MOST_BYTES) == size and _is_equal(arena, extent >> _LENGTH_BITS, buffer, offset[i], size):
+                continue
+        at = _find(slots, entries, arena, buffer, offset[i], size, key[i])
         if at >= 0:
-            numbers[i] = np.int64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+            numbers[i] = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
             continue
         if not insert:
             numbers[i] = -1
@@ -101,11 +141,10 @@ def _find_many(
             number = first
             first += 1
         place = state[_ARENA_END]
-        for k in range(size):
-            arena[place + k] = buffer[offset[i] + k]
+        copy_bytes(arena, place, buffer, offset[i], size)
         state[_ARENA_END] = place + size
-        hashes[number] = key[i]
-        extents[number] = (place << _LENGTH_BITS) | size
+        entries[number, 0] = key[i]
+        entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
         slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
         state[_COUNT] += 1
         numbers[i] = number
@@ -114,7 +153,7 @@ def _find_many(
 
 
 @leaf_kernel
-def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> None:
+def _remove(slots: NDArray[np.uint64], entries: NDArray[np.uint64], at: int) -> None:
     """Frees a slot, moving back what would no longer be found behind the hole."""
     mask = len(slots) - 1
     hole = at
@@ -123,7 +162,7 @@ def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> N
         probe = (probe + 1) & mask
         if slots[probe] == np.uint64(0):
             break
-        home = np.int64(hashes[np.int64(slots[probe] & np.uint64(0xFFFFFFFF)) - 1] & np.uint64(mask))
+        home = to_i64(entries[np.int64(slots[probe] & np.uint64(0xFFFFFFFF)) - 1, 0] & np.uint64(mask))
         # An entry may move back unless its home lies cyclically in (hole, probe].
         if ((probe - home) & mask) >= ((probe - hole) & mask):
             slots[hole] = slots[probe]
@@ -132,11 +171,11 @@ def _remove(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], at: int) -> N
 
 
 @leaf_kernel
-def _rehash(old: NDArray[np.uint64], hashes: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
+def _rehash(old: NDArray[np.uint64], entries: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
     mask = np.uint64(len(slots) - 1)
     for i in range(len(old)):
         if old[i] != np.uint64(0):
-            at = hashes[np.int64(old[i] & np.uint64(0xFFFFFFFF)) - 1] & mask
+            at = entries[np.int64(old[i] & np.uint64(0xFFFFFFFF)) - 1, 0] & mask
             while slots[at] != np.uint64(0):
                 at = (at + np.uint64(1)) & mask
             slots[at] = old[i]
@@ -159,8 +198,7 @@ class ByteIndex:
     def __init__(self, capacity: int, arena_bytes: int) -> None:
         self.capacity = capacity
         self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
-        self._hashes: NDArray[np.uint64] = reserve(capacity, np.uint64)
-        self._extents: NDArray[np.int64] = reserve(capacity, np.int64)
+        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64).reshape(capacity, 2)
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
         self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
         self._state = np.array([0, 0, -1, 0], dtype=np.int64)
@@ -188,7 +226,7 @@ class ByteIndex:
             needed *= 2
         if needed != len(self._slots):
             slots = np.zeros(needed, dtype=np.uint64)
-            _rehash(self._slots, self._hashes, slots)
+            _rehash(self._slots, self._entries, slots)
             self._slots = slots
         return True
 
@@ -211,8 +249,7 @@ class ByteIndex:
         new = int(
             _find_many(
                 self._slots,
-                self._hashes,
-                self._extents,
+                self._entries,
                 self._arena,
                 self._state,
                 self._next_free,
@@ -257,7 +294,7 @@ class ByteIndex:
 
     def bytes_of(self, number: int) -> bytes:
         """The string behind a number that is in use."""
-        extent = int(self._extents[number])
+        extent = int(self._entries[number, 1])
         place = extent >> _LENGTH_BITS
         return self._arena[place : place + (extent & MOST_BYTES)].tobytes()
 
@@ -265,13 +302,13 @@ class ByteIndex:
         """Removes the string and returns its number, which may be given to another one; -1 if there was none."""
         data = np.frombuffer(string or b"\0", dtype=np.uint8)
         key = np.uint64(xxhash.xxh64_intdigest(string))
-        at = int(_find(self._slots, self._hashes, self._extents, self._arena, data, 0, len(string), key))
+        at = int(_find(self._slots, self._entries, self._arena, data, 0, len(string), key))
         if at < 0:
             return -1
         number = int(self._slots[at] & np.uint64(0xFFFFFFFF)) - 1
-        _remove(self._slots, self._hashes, at)
-        self._state[_GARBAGE] += int(self._extents[number]) & MOST_BYTES
-        self._extents[number] = -1
+        _remove(self._slots, self._entries, at)
+        self._state[_GARBAGE] += int(self._entries[number, 1]) & MOST_BYTES
+        self._entries[number] = 0
         self._next_free[number] = self._state[_FREE_HEAD]
         self._state[_FREE_HEAD] = number
         self._state[_COUNT] -= 1
@@ -287,13 +324,13 @@ class ByteIndex:
         if not self._state[_GARBAGE]:
             return
         numbers = self.numbers()
-        order = numbers[np.argsort(self._extents[numbers] >> _LENGTH_BITS, kind="stable")]
+        order = numbers[np.argsort(self._entries[numbers, 1] >> np.uint64(_LENGTH_BITS), kind="stable")]
         end = 0
         for number in order.tolist():
-            extent = int(self._extents[number])
+            extent = int(self._entries[number, 1])
             place, size = extent >> _LENGTH_BITS, extent & MOST_BYTES
             self._arena[end : end + size] = self._arena[place : place + size]
-            self._extents[number] = (end << _LENGTH_BITS) | size
+            self._entries[number, 1] = (end << _LENGTH_BITS) | size
             end += size
         self._state[_ARENA_END] = end
         self._state[_GARBAGE] = 0

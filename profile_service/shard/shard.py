@@ -47,6 +47,8 @@ RECORD_EVENTS = 1
 RECORD_FORGET = 2
 """User ids whose profiles are removed, each behind its length in two bytes."""
 
+_EVENTS_TAG = bytes([shard_pb2.ApplyRequest.Part.EVENTS_FIELD_NUMBER << 3 | 2])
+
 logger = logging.getLogger(__name__)
 
 
@@ -76,6 +78,8 @@ class _Applicable:
     """A part that was checked and appended."""
 
     columns: EventColumns
+    events: bytes
+    """The part's events as they came."""
     received_ns: int
 
 
@@ -198,8 +202,8 @@ class Shard:
         try:
             accepted = [(submission, work) for submission in group if (work := self._check(submission)) is not None]
             for submission, _ in accepted:
-                for part in submission.parts:
-                    self._log.append(RECORD_EVENTS, (part.SerializeToString(),))
+                for part, applicable in zip(submission.parts, work, strict=True):
+                    self._log.append(RECORD_EVENTS, _record(part, applicable.events))
             if accepted:
                 await self._log.sync()
             for submission, work in accepted:
@@ -221,7 +225,9 @@ class Shard:
         try:
             decoded = []
             for part in submission.parts:
-                columns = decode_events(part.events, self._plan, part.arrival_time_ns)
+                # Each access to the field copies it: once is enough.
+                events = part.events
+                columns = decode_events(events, self._plan, part.arrival_time_ns)
                 if columns.count != part.event_count:
                     raise InvalidArgument(
                         "parts.event_count", f"says {part.event_count}, the bytes hold {columns.count}"
@@ -229,13 +235,13 @@ class Shard:
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)
-                decoded.append((part, columns, partitions))
+                decoded.append((part, events, columns, partitions))
         except ProfileServiceError as error:
             _fail(submission, error)
             return None
         return [
-            _Applicable(self._deduplicate(part, columns, partitions), part.arrival_time_ns)
-            for part, columns, partitions in decoded
+            _Applicable(self._deduplicate(part, columns, partitions), events, part.arrival_time_ns)
+            for part, events, columns, partitions in decoded
         ]
 
     def _deduplicate(
@@ -348,6 +354,23 @@ class Shard:
             event_id_count=len(self._event_ids),
             sync_mode=self._log.sync_mode,
         )
+
+
+def _record(part: shard_pb2.ApplyRequest.Part, events: bytes) -> tuple[bytes, ...]:
+    """The part encoded, without copying its events: the fields of a message may stand in any order."""
+    rest = shard_pb2.ApplyRequest.Part(
+        producer_id=part.producer_id,
+        sequence=part.sequence,
+        acknowledged_sequence=part.acknowledged_sequence,
+        arrival_time_ns=part.arrival_time_ns,
+        event_count=part.event_count,
+    ).SerializeToString()
+    size, length = len(events), bytearray()
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return rest, _EVENTS_TAG, bytes(length), events
 
 
 def _fail(submission: _Submission, error: ProfileServiceError) -> None:

@@ -171,6 +171,15 @@ async def test_a_batch_sent_again_is_counted_once() -> None:
         assert shard.status().event_count == 3
 
 
+async def test_the_log_holds_each_part_as_it_came() -> None:
+    log = MemoryLog(retained_bytes=1 << 20)
+    async with running(log) as shard:
+        parts = [part(["u1", "u2"], producer="p", sequence=1), part(["u1"] * 300)]
+        await shard.submit(parts, 100, 7)
+        held = [shard_pb2.ApplyRequest.Part.FromString(payload) for _, _, payload in log.records]
+        assert held == parts
+
+
 async def test_an_event_id_counts_once_for_a_user_and_not_across_users() -> None:
     async with running() as shard:
         await shard.submit([part(["u1", "u1", "u2"], event_ids=["a", "a", "a"])], 100, 7)
