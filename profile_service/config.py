@@ -53,7 +53,7 @@ class Fixed:
 
 
 def default_shards() -> int:
-    """Three for every four cores, at least one: a shard's share of an event's work is about three times a frontend's."""
+    """Three for every four cores, at least one: a shard does about three times a frontend's work on an event."""
     return max(1, round(0.75 * (os.cpu_count() or 1)))
 
 

@@ -12,7 +12,6 @@ between two of them sees whole events only.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,8 +47,6 @@ RECORD_FORGET = 2
 """User ids whose profiles are removed, each behind its length in two bytes."""
 
 _EVENTS_TAG = bytes([shard_pb2.ApplyRequest.Part.EVENTS_FIELD_NUMBER << 3 | 2])
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -201,7 +198,7 @@ class Shard:
     async def _commit(self, group: list[_Submission]) -> None:
         try:
             accepted = [(submission, work) for submission in group if (work := self._check(submission)) is not None]
-            for submission, _ in accepted:
+            for submission, work in accepted:
                 for part, applicable in zip(submission.parts, work, strict=True):
                     self._log.append(RECORD_EVENTS, _record(part, applicable.events))
             if accepted:

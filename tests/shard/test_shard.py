@@ -175,7 +175,8 @@ async def test_the_log_holds_each_part_as_it_came() -> None:
     log = MemoryLog(retained_bytes=1 << 20)
     async with running(log) as shard:
         parts = [part(["u1", "u2"], producer="p", sequence=1), part(["u1"] * 300)]
-        await shard.submit(parts, 100, 7)
+        parts += [part([f"v{n}" for n in range(n)], producer="q", sequence=n) for n in (1, 2, 3)]
+        await asyncio.gather(*(shard.submit([given], 100, 7) for given in parts))
         held = [shard_pb2.ApplyRequest.Part.FromString(payload) for _, _, payload in log.records]
         assert held == parts
 
