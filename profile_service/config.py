@@ -49,7 +49,11 @@ class Fixed:
     """What is fixed when a data directory is made."""
 
     partition_bits: int = 8
-    """2**partition_bits partitions; at most 16."""
+    """2**partition_bits partitions; 1 to 16."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.partition_bits <= 16:
+            raise ValueError(f"partition_bits must be 1 to 16, is {self.partition_bits}")
 
 
 def default_shards() -> int:

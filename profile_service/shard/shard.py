@@ -67,6 +67,7 @@ class ShardCounters:
 class _Submission:
     parts: Sequence[shard_pb2.ApplyRequest.Part]
     size_bytes: int
+    epoch: int
     done: asyncio.Future[None]
 
 
@@ -149,7 +150,7 @@ class Shard:
             raise ResourceExhausted(
                 f"shard {self.shard_id} holds {len(self._table)} users and has no room for more", retry_after_s=10.0
             )
-        submission = _Submission(parts, size_bytes, asyncio.get_running_loop().create_future())
+        submission = _Submission(parts, size_bytes, epoch, asyncio.get_running_loop().create_future())
         self._queue.append(submission)
         self._queued_bytes += size_bytes
         self._queued_events += events
@@ -220,6 +221,9 @@ class Shard:
     def _check(self, submission: _Submission) -> list[_Applicable] | None:
         """Decodes the submission's parts and leaves out what was counted before; None if it was refused whole."""
         try:
+            # Ownership may have changed in the queue. What was routed by another epoch goes back whole, even if this shard
+            # still owns it: the same producer's next batch must not overtake it.
+            self._check_epoch(submission.epoch)
             decoded = []
             for part in submission.parts:
                 # Each access to the field copies it: once is enough.

@@ -208,6 +208,23 @@ async def test_refusals_keep_nothing_of_the_submission_and_spoil_no_other() -> N
             shard.read([f"u{n}" for n in range(50)], [], 7)
 
 
+async def test_a_batch_that_waited_through_a_change_of_owners_goes_back_whole() -> None:
+    log = SlowLog()
+    async with running(log) as shard:
+        first = asyncio.create_task(shard.submit([part(["u1"], producer="p", sequence=1)], 100, 7))
+        await log.syncing.wait()
+        waiting = asyncio.create_task(shard.submit([part(["u1"], producer="p", sequence=2)], 100, 7))
+        await asyncio.sleep(0)
+        shard.update_topology(8, range(256))
+        log.released.set()
+        await first
+        with pytest.raises(NotMine, match="epoch 8"):
+            await waiting
+        await shard.submit([part(["u1"], producer="p", sequence=2)], 100, 8)
+        assert shard.status().event_count == 2
+        assert shard.status().duplicate_count == 0
+
+
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     log = SlowLog()
     async with running(log, shard_queue_bytes=1000) as shard:
