@@ -17,6 +17,8 @@ REPLACEMENTS = [
     (r"The asyncio client\. `client\.py` is made from this file by `(.*?)`: change\s+this one\.",
      r"The synchronous client. Made from `aio_client.py` by `\1`: change that one."),
     (r"^import asyncio\n", ""),
+    (r"^ +# grpc\.aio binds a channel [^\n]*\n +asyncio\.get_running_loop\(\)\n", ""),
+    (r" To be made where an event loop runs\.", " Safe for threads."),
     (r"^import grpc\.aio\n", ""),
     (r"await asyncio\.sleep", "time.sleep"),
     (r"grpc\.aio\.", "grpc."),

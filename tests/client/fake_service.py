@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from userprofile.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
     event_service_pb2,
     event_service_pb2_grpc,
     profile_pb2,
@@ -22,49 +26,91 @@ from userprofile.v1 import (
     profile_service_pb2_grpc,
 )
 
+PATIENCE_S = 30.0
+"""How long the fake waits for a test before it takes the test for broken."""
 
-class FakeService(event_service_pb2_grpc.EventServiceServicer, profile_service_pb2_grpc.ProfileServiceServicer):
-    """Counts events by user; a batch counts once by (producer, sequence)."""
+
+class FakeService(
+    event_service_pb2_grpc.EventServiceServicer,
+    profile_service_pb2_grpc.ProfileServiceServicer,
+    admin_service_pb2_grpc.AdminServiceServicer,
+):
+    """Counts events by user; a batch counts once by (producer, sequence). It refuses events of the type "bad"."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.applied: dict[str, int] = {}
         self.sizes: list[int] = []
+        self.received = 0
+        """Batches that have come in, whether looked at or not."""
         self.hellos = 0
         self.break_streams_after: Iterator[int] = iter(())
         """For each stream to come: after how many batches it breaks, the last of them applied but not acknowledged."""
+        self.lag: Iterator[int] = iter(())
+        """For each stream to come: by how much its first answer is behind the truth."""
+        self.break_on: dict[str, grpc.StatusCode] = {}
+        """Event type -> the status with which a batch that holds one ends its stream, unapplied."""
         self.refuse_stream: grpc.StatusCode | None = None
-        self.hold: Any = None
-        """An event that acknowledgements wait for."""
+        self.may_answer = threading.Event()
+        """Cleared, acknowledgements and GetPopulation wait for it."""
+        self.may_answer.set()
         self.failures: list[status_pb2.Status] = []
         """What the next unary calls answer with."""
         self.calls = 0
+        self._changed = threading.Condition()
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Waits for something that batches bring about."""
+        with self._changed:
+            assert self._changed.wait_for(condition, PATIENCE_S)
 
     def StreamEvents(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:  # noqa: N802
         producer = next(request_iterator).producer_id
         self.hellos += 1
         if self.refuse_stream is not None:
-            context.abort(self.refuse_stream, "sequence: must rise by one")
-        yield event_service_pb2.StreamEventsResponse(sequence=self.applied.get(producer, 0))
+            context.abort(self.refuse_stream, "refused by the test")
+        held = self.applied.get(producer, 0)
+        yield event_service_pb2.StreamEventsResponse(sequence=max(0, held - next(self.lag, 0)))
         left = next(self.break_streams_after, None)
-        for request in request_iterator:
-            if request.sequence == self.applied.get(producer, 0) + 1:
-                self.applied[producer] = request.sequence
-                self.sizes.append(len(request.events))
-                self.counts.update(event.user_id for event in request.events if event.type != "bad")
-            elif request.sequence > self.applied.get(producer, 0):
-                context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"sequence {request.sequence} leaves a gap")
-            if left is not None:
-                left -= 1
-                if left <= 0:
-                    context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
-            if self.hold is not None:
-                self.hold.wait(10)
-            answer = event_service_pb2.StreamEventsResponse(sequence=request.sequence)
+        # Read ahead, as a service does: what is on its way shows in `received` while acknowledgements are held back.
+        incoming: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=self._read, args=(request_iterator, incoming), daemon=True).start()
+        for request in iter(incoming.get, None):
+            for type_, code in self.break_on.items():
+                if any(event.type == type_ for event in request.events):
+                    context.abort(code, f"broken by an event of type {type_}")
+            self._apply(producer, request, context)
+            if left is not None and (left := left - 1) <= 0:
+                context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
+            assert self.may_answer.wait(PATIENCE_S)
+            answer = event_service_pb2.StreamEventsResponse(sequence=self.applied[producer])
             for index, event in enumerate(request.events):
                 if event.type == "bad":
                     answer.rejected.add(sequence=request.sequence, index=index, field="type", reason="not declared")
             yield answer
+
+    def _read(self, requests: Iterator[Any], incoming: queue.Queue[Any]) -> None:
+        try:
+            for request in requests:
+                with self._changed:
+                    self.received += 1
+                    self._changed.notify_all()
+                incoming.put(request)
+        except grpc.RpcError:
+            # The stream is gone: so is the one who reads the queue, or it will find the end.
+            pass
+        incoming.put(None)
+
+    def _apply(self, producer: str, request: Any, context: Any) -> None:
+        held = self.applied.get(producer, 0)
+        if request.sequence > held + 1:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"sequence {request.sequence} leaves a gap after {held}")
+        if request.sequence == held + 1:
+            with self._changed:
+                self.applied[producer] = request.sequence
+                self.sizes.append(len(request.events))
+                self.counts.update(event.user_id for event in request.events if event.type != "bad")
+                self._changed.notify_all()
 
     def _maybe_fail(self, context: Any) -> None:
         self.calls += 1
@@ -98,12 +144,29 @@ class FakeService(event_service_pb2_grpc.EventServiceServicer, profile_service_p
                 answer.missing_user_ids.append(user_id)
         return answer
 
+    def GetPopulation(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.may_answer.wait(PATIENCE_S)
+        return profile_pb2.Profile(event_count=sum(self.counts.values()))
+
     def WatchProfile(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        if request.user_id == "unserved":
+            context.abort(grpc.StatusCode.UNIMPLEMENTED, "WatchProfile is not served")
         for count in itertools.count(1):
             yield profile_pb2.Profile(user_id=request.user_id, event_count=count)
 
+    def GetSchema(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return admin_service_pb2.GetSchemaResponse()
 
-def failure(code: int, message: str, *, retry_after_ms: int = 0, field: str = "") -> status_pb2.Status:
+    def GetTopology(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return admin_service_pb2.GetTopologyResponse(epoch=3)
+
+    def GetStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return admin_service_pb2.GetStatusResponse(state="serving")
+
+
+def failure(
+    code: int, message: str, *, retry_after_ms: int = 0, field: str = "", reason: str = ""
+) -> status_pb2.Status:
     """A status with details."""
     status = status_pb2.Status(code=code, message=message)
     if retry_after_ms:
@@ -112,21 +175,26 @@ def failure(code: int, message: str, *, retry_after_ms: int = 0, field: str = ""
     if field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+    if reason:
+        status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="profile-service"))
     return status
 
 
 UNAVAILABLE = failure(code_pb2.UNAVAILABLE, "the owner moves", retry_after_ms=5)
+FULL = failure(code_pb2.RESOURCE_EXHAUSTED, "the queue is full", retry_after_ms=40, reason="QUEUE_FULL")
 
 
 @contextmanager
-def serving(fake: FakeService) -> Iterator[str]:
-    """Serves the fake on a free port and yields its address."""
+def serving(fake: FakeService, port: int = 0) -> Iterator[str]:
+    """Serves the fake, on a free port if none is given, and yields its address."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
     event_service_pb2_grpc.add_EventServiceServicer_to_server(fake, server)
     profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(fake, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(fake, server)
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{bound}"
     finally:
+        fake.may_answer.set()
         server.stop(None).wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +16,9 @@ import grpc.aio
 from profile_client.aio_producer import AsyncProducer
 from profile_client.channel import CHANNEL_OPTIONS, MOST_TRIES, is_retryable, next_wait_s
 from profile_client.errors import Rejected, RejectedEventsError, from_rpc_error
-from profile_client.events import Event, frame_all
+from profile_client.events import Event, frame_all, set_attributes, unframe
+from profile_client.options import ProducerOptions
 from profile_client.profiles import BatchProfiles, Profile, RankedItem, Ranking
-from profile_client.window import ProducerOptions
 from userprofile.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -29,10 +30,16 @@ from userprofile.v1 import (
 
 
 class AsyncProfileClient:
-    """A connection to the service.
+    """A connection to the service. To be made where an event loop runs.
 
-    Calls that may be repeated are tried again, with growing waits, while the service is unavailable and the timeout
-    allows.
+    Calls that may be repeated are tried again, with growing waits, while the service is unavailable or full and the
+    timeout allows.
+
+    Example::
+
+        async with AsyncProfileClient("localhost:50051") as client:
+            profile = await client.get_profile("u1")
+            profile["color"].likelihood("red")
 
     Args:
         address: host:port of a frontend's gRPC server.
@@ -47,6 +54,8 @@ class AsyncProfileClient:
         timeout_s: float = 5.0,
         channel_credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        # grpc.aio binds a channel to the loop; without one, fail here and not at the first call.
+        asyncio.get_running_loop()
         self.address = address
         self.timeout_s = timeout_s
         if channel_credentials is None:
@@ -56,6 +65,7 @@ class AsyncProfileClient:
         self._events: Any = event_service_pb2_grpc.EventServiceStub(self._channel)
         self._profiles: Any = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
         self._admin: Any = admin_service_pb2_grpc.AdminServiceStub(self._channel)
+        self._producers: weakref.WeakSet[AsyncProducer] = weakref.WeakSet()
 
     async def __aenter__(self) -> Self:
         return self
@@ -66,7 +76,9 @@ class AsyncProfileClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls under way end."""
+        """Closes the connection: calls under way end, and so do producers, with what they have not delivered."""
+        for producer in list(self._producers):
+            await producer.close(flush=False)
         await self._channel.close()
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
@@ -109,10 +121,12 @@ class AsyncProfileClient:
         request = profile_service_pb2.GetPopulationRequest(features=features)
         return Profile(await self._call(self._profiles.GetPopulation, request, timeout_s, repeatable=True))
 
-    async def watch(self, user_id: str, features: Sequence[str] = ()) -> AsyncIterator[Profile]:
-        """The profile now, then after each change, until the caller stops."""
+    async def watch(
+        self, user_id: str, features: Sequence[str] = (), *, timeout_s: float | None = None
+    ) -> AsyncIterator[Profile]:
+        """The profile now, then after each change, until the caller stops; no timeout means for ever."""
         request = profile_service_pb2.WatchProfileRequest(user_id=user_id, features=features)
-        call = self._profiles.WatchProfile(request)
+        call = self._profiles.WatchProfile(request, timeout=timeout_s)
         try:
             async for message in call:
                 yield Profile(message)
@@ -127,7 +141,7 @@ class AsyncProfileClient:
         """Up to 1,000 items, each an id and its attributes, the best for the user first."""
         request = profile_service_pb2.RankItemsRequest(user_id=user_id)
         for item_id, attributes in items:
-            request.items.add(item_id=item_id).attributes.update(dict(attributes))
+            set_attributes(request.items.add(item_id=item_id).attributes, attributes)
         answer = await self._call(self._profiles.RankItems, request, timeout_s, repeatable=True)
         ranked = [RankedItem(item.item_id, item.score, dict(item.contributions)) for item in answer.items]
         return Ranking(ranked, answer.ranked_by_population)
@@ -138,7 +152,8 @@ class AsyncProfileClient:
         """Forgets a user."""
         request = profile_service_pb2.DeleteProfileRequest(user_id=user_id)
         answer: profile_service_pb2.DeleteProfileResponse
-        answer = await self._call(self._profiles.DeleteProfile, request, timeout_s, repeatable=True)
+        # Said twice, it would answer that there was nothing to delete.
+        answer = await self._call(self._profiles.DeleteProfile, request, timeout_s, repeatable=False)
         return answer
 
     async def merge_profiles(self, user_id: str, source_user_id: str, *, timeout_s: float | None = None) -> Profile:
@@ -148,7 +163,7 @@ class AsyncProfileClient:
         return Profile(answer.profile)
 
     async def ingest_events(
-        self, events: Iterable[Event], *, request_id: str = "", timeout_s: float | None = None
+        self, events: Iterable[Event], request_id: str = "", *, timeout_s: float | None = None
     ) -> int:
         """Sends one batch of up to 10,000 events and returns how many were counted, once they are durable and readable.
 
@@ -157,22 +172,32 @@ class AsyncProfileClient:
 
         Raises:
             RejectedEventsError: some events were refused; the others were counted.
+            TypeError, ValueError: an event holds what an event cannot hold; nothing was sent.
         """
         body = b"".join(frame_all(events))
         rest = event_service_pb2.IngestEventsRequest(request_id=request_id).SerializeToString()
         request = event_service_pb2.IngestEventsRequest.FromString(body + rest)
         answer = await self._call(self._events.IngestEvents, request, timeout_s, repeatable=bool(request_id))
         if answer.rejected:
-            rejected = [Rejected(0, r.index, r.field, r.reason) for r in answer.rejected]
-            raise RejectedEventsError(rejected, len(rejected))
+            sent = list(unframe(body))
+            rejected = [Rejected(0, r.index, r.field, r.reason, r.index, sent[r.index]) for r in answer.rejected]
+            raise RejectedEventsError(rejected, len(rejected), answer.accepted_count)
         return int(answer.accepted_count)
 
     def producer(self, producer_id: str | None = None, options: ProducerOptions | None = None) -> AsyncProducer:
         """A stream of events: batched, bounded, sent again after a broken connection, counted once.
 
-        Use it as a context manager; leaving it flushes. Without a `producer_id` it gets a random one.
+        Use it as a context manager; leaving it flushes.
+
+        Args:
+            producer_id: for a producer that goes on after its process ended. It sends again, in the same batches, what
+                follows its `acknowledged_sequence`: batches that the service holds already are not counted again.
+                One stream at a time may use an id. Without one, a random id.
+            options: how it batches, how much it holds, and when it gives up.
         """
-        return AsyncProducer(self._channel, producer_id, options)
+        producer = AsyncProducer(self._channel, producer_id, options)
+        self._producers.add(producer)
+        return producer
 
     async def get_schema(self, *, timeout_s: float | None = None) -> admin_service_pb2.GetSchemaResponse:
         """What a profile is."""

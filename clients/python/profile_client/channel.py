@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
-
 from profile_client.errors import ResourceExhaustedError, ServiceError, UnavailableError
 
 MESSAGE_BYTES = 64 << 20
@@ -17,6 +15,10 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A peer that vanished without a word is noticed: at once where bytes wait for it (keepalive sets the socket's user
+    # timeout), else by a ping. Servers take pings more often than every 5 minutes for abuse and end the connection.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
     # The tries of a call are this package's own: they know what may be repeated.
     ("grpc.enable_retries", 0),
 ]
@@ -31,25 +33,14 @@ def is_retryable(error: ServiceError) -> bool:
     return isinstance(error, UnavailableError | ResourceExhaustedError)
 
 
-_BROKEN_STREAM = {
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.UNKNOWN,
-    # grpc.aio ends a stream that breaks while it is written to with "Internal error from Core".
-    grpc.StatusCode.INTERNAL,
-}
-
-
-def is_broken_stream(error: ServiceError) -> bool:
-    """Whether a producer's stream may go on over a new connection: its batches count once, so sending again is safe."""
-    return error.code in _BROKEN_STREAM
-
-
 def next_wait_s(attempt: int, retry_after_s: float | None, chance: float) -> float:
-    """Seconds to wait after the try number `attempt` (from 0): what the service asks for, or a doubling time.
+    """Seconds to wait after the try number `attempt` (from 0): what the service asks for at least, or a doubling time.
 
     `chance` in [0, 1) spreads callers who failed together.
     """
-    doubled = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**attempt)
-    return max(retry_after_s or 0.0, doubled * (0.5 + 0.5 * chance))
+    return max(retry_after_s or 0.0, spread_s(_FIRST_WAIT_S, _LONGEST_WAIT_S, attempt, chance))
+
+
+def spread_s(first_s: float, longest_s: float, attempt: int, chance: float) -> float:
+    """A time that doubles with each attempt up to the longest, less up to half of it by chance."""
+    return min(longest_s, first_s * 2.0 ** min(attempt, 50)) * (0.5 + 0.5 * chance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -12,10 +13,10 @@ import grpc
 
 from profile_client.channel import CHANNEL_OPTIONS, MOST_TRIES, is_retryable, next_wait_s
 from profile_client.errors import Rejected, RejectedEventsError, from_rpc_error
-from profile_client.events import Event, frame_all
+from profile_client.events import Event, frame_all, set_attributes, unframe
+from profile_client.options import ProducerOptions
 from profile_client.producer import Producer
 from profile_client.profiles import BatchProfiles, Profile, RankedItem, Ranking
-from profile_client.window import ProducerOptions
 from userprofile.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -27,10 +28,16 @@ from userprofile.v1 import (
 
 
 class ProfileClient:
-    """A connection to the service.
+    """A connection to the service. Safe for threads.
 
-    Calls that may be repeated are tried again, with growing waits, while the service is unavailable and the timeout
-    allows.
+    Calls that may be repeated are tried again, with growing waits, while the service is unavailable or full and the
+    timeout allows.
+
+    Example::
+
+        with ProfileClient("localhost:50051") as client:
+            profile = client.get_profile("u1")
+            profile["color"].likelihood("red")
 
     Args:
         address: host:port of a frontend's gRPC server.
@@ -54,6 +61,7 @@ class ProfileClient:
         self._events: Any = event_service_pb2_grpc.EventServiceStub(self._channel)
         self._profiles: Any = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
         self._admin: Any = admin_service_pb2_grpc.AdminServiceStub(self._channel)
+        self._producers: weakref.WeakSet[Producer] = weakref.WeakSet()
 
     def __enter__(self) -> Self:
         return self
@@ -64,7 +72,9 @@ class ProfileClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; calls under way end."""
+        """Closes the connection: calls under way end, and so do producers, with what they have not delivered."""
+        for producer in list(self._producers):
+            producer.close(flush=False)
         self._channel.close()
 
     def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
@@ -105,10 +115,10 @@ class ProfileClient:
         request = profile_service_pb2.GetPopulationRequest(features=features)
         return Profile(self._call(self._profiles.GetPopulation, request, timeout_s, repeatable=True))
 
-    def watch(self, user_id: str, features: Sequence[str] = ()) -> Iterator[Profile]:
-        """The profile now, then after each change, until the caller stops."""
+    def watch(self, user_id: str, features: Sequence[str] = (), *, timeout_s: float | None = None) -> Iterator[Profile]:
+        """The profile now, then after each change, until the caller stops; no timeout means for ever."""
         request = profile_service_pb2.WatchProfileRequest(user_id=user_id, features=features)
-        call = self._profiles.WatchProfile(request)
+        call = self._profiles.WatchProfile(request, timeout=timeout_s)
         try:
             for message in call:
                 yield Profile(message)
@@ -123,7 +133,7 @@ class ProfileClient:
         """Up to 1,000 items, each an id and its attributes, the best for the user first."""
         request = profile_service_pb2.RankItemsRequest(user_id=user_id)
         for item_id, attributes in items:
-            request.items.add(item_id=item_id).attributes.update(dict(attributes))
+            set_attributes(request.items.add(item_id=item_id).attributes, attributes)
         answer = self._call(self._profiles.RankItems, request, timeout_s, repeatable=True)
         ranked = [RankedItem(item.item_id, item.score, dict(item.contributions)) for item in answer.items]
         return Ranking(ranked, answer.ranked_by_population)
@@ -134,7 +144,8 @@ class ProfileClient:
         """Forgets a user."""
         request = profile_service_pb2.DeleteProfileRequest(user_id=user_id)
         answer: profile_service_pb2.DeleteProfileResponse
-        answer = self._call(self._profiles.DeleteProfile, request, timeout_s, repeatable=True)
+        # Said twice, it would answer that there was nothing to delete.
+        answer = self._call(self._profiles.DeleteProfile, request, timeout_s, repeatable=False)
         return answer
 
     def merge_profiles(self, user_id: str, source_user_id: str, *, timeout_s: float | None = None) -> Profile:
@@ -143,7 +154,7 @@ class ProfileClient:
         answer = self._call(self._profiles.MergeProfiles, request, timeout_s, repeatable=False)
         return Profile(answer.profile)
 
-    def ingest_events(self, events: Iterable[Event], *, request_id: str = "", timeout_s: float | None = None) -> int:
+    def ingest_events(self, events: Iterable[Event], request_id: str = "", *, timeout_s: float | None = None) -> int:
         """Sends one batch of up to 10,000 events and returns how many were counted, once they are durable and readable.
 
         With a `request_id` the call is tried again when the service is unavailable, and counts once however often it is
@@ -151,22 +162,32 @@ class ProfileClient:
 
         Raises:
             RejectedEventsError: some events were refused; the others were counted.
+            TypeError, ValueError: an event holds what an event cannot hold; nothing was sent.
         """
         body = b"".join(frame_all(events))
         rest = event_service_pb2.IngestEventsRequest(request_id=request_id).SerializeToString()
         request = event_service_pb2.IngestEventsRequest.FromString(body + rest)
         answer = self._call(self._events.IngestEvents, request, timeout_s, repeatable=bool(request_id))
         if answer.rejected:
-            rejected = [Rejected(0, r.index, r.field, r.reason) for r in answer.rejected]
-            raise RejectedEventsError(rejected, len(rejected))
+            sent = list(unframe(body))
+            rejected = [Rejected(0, r.index, r.field, r.reason, r.index, sent[r.index]) for r in answer.rejected]
+            raise RejectedEventsError(rejected, len(rejected), answer.accepted_count)
         return int(answer.accepted_count)
 
     def producer(self, producer_id: str | None = None, options: ProducerOptions | None = None) -> Producer:
         """A stream of events: batched, bounded, sent again after a broken connection, counted once.
 
-        Use it as a context manager; leaving it flushes. Without a `producer_id` it gets a random one.
+        Use it as a context manager; leaving it flushes.
+
+        Args:
+            producer_id: for a producer that goes on after its process ended. It sends again, in the same batches, what
+                follows its `acknowledged_sequence`: batches that the service holds already are not counted again.
+                One stream at a time may use an id. Without one, a random id.
+            options: how it batches, how much it holds, and when it gives up.
         """
-        return Producer(self._channel, producer_id, options)
+        producer = Producer(self._channel, producer_id, options)
+        self._producers.add(producer)
+        return producer
 
     def get_schema(self, *, timeout_s: float | None = None) -> admin_service_pb2.GetSchemaResponse:
         """What a profile is."""

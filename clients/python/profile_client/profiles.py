@@ -27,8 +27,15 @@ class Feature:
 
     @property
     def kind(self) -> str:
-        """The kind, as in the schema file."""
-        return str(self.message.WhichOneof("kind"))
+        """The kind, as in the schema file; "unknown" for one that is newer than this client."""
+        return self.message.WhichOneof("kind") or "unknown"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Feature):
+            return NotImplemented
+        return self.name == other.name and self.message == other.message
+
+    __hash__ = None  # type: ignore[assignment]  # as the message, which can change
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name}>"
@@ -90,7 +97,7 @@ class CategoricalFeature(Feature):
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{v.value} {v.likelihood:.2f}" for v in self.values[:3])
-        return f"<categorical {self.name}: {shown}, …>"
+        return f"<categorical {self.name}: {shown}{', …' if len(self.values) > 3 else ''}>"
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ class LatestFeature(Feature):
         return _time(self.message.latest.time) if self.message.latest.HasField("time") else None
 
     def __repr__(self) -> str:
-        return f"<latest {self.name}: {self.value!r}>"
+        return f"<latest {self.name}: {'nothing seen' if self.value is None else repr(self.value)}>"
 
 
 @dataclass(frozen=True)
@@ -275,8 +282,12 @@ _KINDS: dict[str, type[Feature]] = {
 class Profile(Mapping[str, Any]):
     """What is known of a user at one moment: a mapping of feature names to their values.
 
-    >>> profile["color"].likelihood("red")  # doctest: +SKIP
-    0.42
+    >>> message = profile_pb2.Profile(user_id="u1", event_count=3)
+    >>> message.features["contacts"].counter.value = 2
+    >>> Profile(message)["contacts"].value
+    2.0
+    >>> Profile(message)
+    <Profile 'u1': 3 events, <counter contacts: 2>>
     """
 
     def __init__(self, message: profile_pb2.Profile) -> None:
@@ -311,7 +322,7 @@ class Profile(Mapping[str, Any]):
         if name not in self.message.features:
             raise KeyError(f"no feature {name!r}: there are {', '.join(sorted(self.message.features))}")
         message = self.message.features[name]
-        return _KINDS.get(str(message.WhichOneof("kind")), Feature)(name, message)
+        return _KINDS.get(message.WhichOneof("kind") or "", Feature)(name, message)
 
     def feature(self, name: str, kind: type[F]) -> F:
         """The feature, checked to be of a kind, for type checkers.
@@ -331,12 +342,18 @@ class Profile(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self.message.features)
 
+    def __eq__(self, other: object) -> bool:
+        return self.message == other.message if isinstance(other, Profile) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as the message, which can change
+
     def to_dict(self) -> dict[str, Any]:
         """The profile in proto3's JSON mapping."""
         return dict(json_format.MessageToDict(self.message, always_print_fields_with_no_presence=True))
 
     def __repr__(self) -> str:
-        return f"<Profile {self.user_id!r}: {self.event_count} events, {', '.join(map(repr, self.values()))}>"
+        whose = repr(self.user_id) if self.user_id else "of the population"
+        return f"<Profile {whose}: {', '.join([f'{self.event_count} events', *map(repr, self.values())])}>"
 
 
 @dataclass(frozen=True)

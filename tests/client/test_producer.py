@@ -1,0 +1,389 @@
+"""Producers of both clients against a service that breaks: counted once, in order, in bounds, and never silent."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+
+from profile_client import (
+    AbortedError,
+    AsyncProfileClient,
+    BufferFullError,
+    DeadlineExceededError,
+    Event,
+    InvalidArgumentError,
+    ProducerClosedError,
+    ProducerOptions,
+    ProfileClient,
+    ProfileClientError,
+    Rejected,
+    RejectedEventsError,
+    ServiceError,
+    UnavailableError,
+)
+from tests.client.both import Both
+from tests.client.fake_service import FakeService, serving
+
+QUICK = {"reconnect_s": (0.001, 0.01)}
+WAIT_S = 30.0
+"""Longer than any wait here lasts, shorter than a hang."""
+
+
+async def send_without_waiting(producer: Any, count: int) -> None:
+    for event in views(count):
+        await producer.send(event, timeout_s=0)
+
+
+async def send_for_ever(producer: Any) -> None:
+    while True:
+        await producer.send(Event("u1", "view"))
+        await producer.flush(WAIT_S)
+
+
+async def send_and_fail(producer: Any) -> None:
+    async with producer:
+        await producer.send(Event("u1", "view"))
+        raise LookupError
+
+
+def views(count: int) -> list[Event]:
+    return [Event(f"u{number % 7}", "view", event_id=str(number)) for number in range(count)]
+
+
+def test_what_is_flushed_is_readable(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        async with client.producer() as producer:
+            await producer.flush(WAIT_S)  # nothing to wait for
+            await producer.send(Event("u1", "view"))
+            await producer.send_serialized(Event("u1", "view").to_message().SerializeToString())
+            await producer.send_batch(views(10))
+            await producer.flush(WAIT_S)
+            assert producer.sent_events == producer.acknowledged_events == 12
+            assert (await client.get_profile("u1")).event_count == 4
+
+    both.run(scenario)
+
+
+def test_leaving_the_producer_flushes(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        async with client.producer() as producer:
+            await producer.send(Event("u1", "view"))
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 1}
+
+
+def test_an_event_alone_is_sent_when_it_has_lingered(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        async with client.producer() as producer:
+            await producer.send(Event("u1", "view"))
+            await asyncio.to_thread(fake.wait_until, lambda: fake.counts["u1"] == 1)
+
+    both.run(scenario)
+
+
+def test_batches_without_linger_depend_on_what_is_sent_alone(both: Both, fake: FakeService) -> None:
+    options = ProducerOptions(batch_events=5, linger_s=float("inf"))
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=options) as producer:
+            await producer.send_batch(views(12))
+            await producer.flush(WAIT_S)
+            await producer.send_batch(views(6))
+
+    both.run(scenario)
+    assert fake.sizes == [5, 5, 2, 5, 1]
+
+
+def test_a_producer_is_counted_once_however_often_its_stream_breaks(both: Both, fake: FakeService, seed: int) -> None:
+    rng = random.Random(seed)
+    fake.break_streams_after = iter([rng.randint(1, 6) for _ in range(12)])
+    fake.lag = iter([rng.randint(0, 3) for _ in range(100)])
+    events = [Event(f"u{n % 7}", "bad" if rng.random() < 0.2 else "view", event_id=str(n)) for n in range(400)]
+    bad = [position for position, event in enumerate(events) if event.type == "bad"]
+    reported: list[Rejected] = []
+    options = ProducerOptions(batch_events=5, in_flight_batches=3, on_rejected=reported.extend, **QUICK)  # type: ignore[arg-type]
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=options) as producer:
+            await producer.send_batch(events)
+            with pytest.raises(RejectedEventsError) as caught:
+                await producer.flush(WAIT_S)
+            # Told once each, also those whose answer was lost with its stream.
+            assert [r.position for r in caught.value.rejected] == bad
+            assert [r.event.event_id for r in caught.value.rejected] == [str(position) for position in bad]
+            assert (producer.acknowledged_events, producer.rejected_events) == (400, len(bad))
+
+    both.run(scenario)
+    assert fake.counts == Counter(event.user_id for event in events if event.type != "bad")
+    assert [r.position for r in reported] == bad
+    assert fake.hellos >= 13
+    assert max(fake.sizes) <= 5
+
+
+def test_a_flush_raises_what_was_refused_since_the_last_one(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        async with client.producer() as producer:
+            for round_ in range(2):
+                await producer.send_batch([Event("u1", "view"), Event(f"b{round_}", "bad"), Event("u2", "view")])
+                with pytest.raises(RejectedEventsError, match=r"event .: type: not declared") as caught:
+                    await producer.flush(WAIT_S)
+                (rejected,) = caught.value.rejected
+                assert (rejected.field, rejected.position) == ("type", 1 + 3 * round_)
+                assert rejected.event.user_id == f"b{round_}"
+                await producer.flush(WAIT_S)
+            assert producer.rejected_events == 2
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 2, "u2": 2}
+
+
+def test_a_returning_producer_goes_on_where_it_was(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        for expected in (0, 1):
+            async with client.producer("p1") as producer:
+                assert await producer.acknowledged_sequence() == expected
+                await producer.send(Event("u1", "view"))
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 2}
+    assert fake.applied == {"p1": 2}
+
+
+def test_a_service_that_restarts_is_found_again(fake: FakeService) -> None:
+    with serving(fake) as address:
+        client = ProfileClient(address)
+        producer = client.producer(options=ProducerOptions(**QUICK))  # type: ignore[arg-type]
+        producer.send(Event("u1", "view"))
+        producer.flush(WAIT_S)
+    producer.send(Event("u1", "view"))
+    with serving(fake, int(address.rpartition(":")[2])):
+        producer.flush(WAIT_S)
+        client.close()
+    assert fake.counts == {"u1": 2}
+
+
+def test_the_window_bounds_what_is_on_its_way(both: Both, fake: FakeService) -> None:
+    fake.may_answer.clear()
+    options = ProducerOptions(batch_events=1, in_flight_batches=3)
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=options) as producer:
+            await producer.send_batch(views(10))
+            await asyncio.to_thread(fake.wait_until, lambda: fake.received == 3)
+            # A whole call to and fro over the same connection, for a fourth batch to show.
+            await client.get_status()
+            assert fake.received == 3
+            fake.may_answer.set()
+            await producer.flush(WAIT_S)
+            assert fake.received == 10
+
+    both.run(scenario)
+
+
+def test_a_full_buffer_makes_send_wait_and_then_raise(both: Both, fake: FakeService) -> None:
+    fake.may_answer.clear()
+    options = ProducerOptions(batch_events=1, batch_bytes=100, buffer_bytes=100, in_flight_batches=1)
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=options) as producer:
+            with pytest.raises(BufferFullError, match="no room"):
+                await send_without_waiting(producer, 50)
+            accepted = producer.sent_events
+            assert 1 <= accepted < 50
+            with pytest.raises(BufferFullError):
+                await producer.send(Event("u1", "view"), timeout_s=0.02)
+            waiting = asyncio.ensure_future(producer.send(Event("late", "view")))
+            with pytest.raises(DeadlineExceededError, match="events not acknowledged"):
+                await producer.flush(0.02)
+            fake.may_answer.set()
+            await waiting
+            await producer.flush(WAIT_S)
+            assert producer.acknowledged_events == accepted + 1
+
+    both.run(scenario)
+    assert fake.counts["late"] == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [(grpc.StatusCode.INVALID_ARGUMENT, InvalidArgumentError), (grpc.StatusCode.ABORTED, AbortedError)],
+)
+@pytest.mark.parametrize("at_once", [True, False], ids=["stream", "batch"])
+def test_what_is_refused_as_a_whole_fails_the_producer_at_once(
+    both: Both, fake: FakeService, code: grpc.StatusCode, error: type[ServiceError], at_once: bool
+) -> None:
+    if at_once:
+        fake.refuse_stream = code
+    else:
+        fake.break_on = {"view": code}
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer()
+        await producer.send(Event("u1", "view"))
+        with pytest.raises(error, match="by the test" if at_once else "by an event"):
+            await producer.flush(WAIT_S)
+        with pytest.raises(error):
+            await producer.send(Event("u1", "view"))
+        with pytest.raises(error):
+            await producer.close()
+        await producer.close(flush=False)
+
+    both.run(scenario)
+    assert fake.hellos == 1
+
+
+def test_a_batch_that_breaks_every_stream_fails_the_producer_in_the_end(both: Both, fake: FakeService) -> None:
+    fake.break_on = {"poison": grpc.StatusCode.INTERNAL}
+    options = ProducerOptions(give_up_s=0.1, **QUICK)  # type: ignore[arg-type]
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer(options=options)
+        await producer.send(Event("u1", "poison"))
+        with pytest.raises(ServiceError, match="INTERNAL: broken by an event of type poison"):
+            await producer.flush(WAIT_S)
+        await producer.close(flush=False)
+
+    both.run(scenario)
+    assert fake.hellos > 2
+
+
+def test_a_service_that_is_away_is_named_by_flush_and_fails_the_producer_in_the_end(both: Both) -> None:
+    with serving(FakeService()) as nobody:  # type: ignore[abstract]
+        pass
+    options = ProducerOptions(give_up_s=0.3, reconnect_s=(0.01, 0.02))
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer(options=options)
+        with pytest.raises(DeadlineExceededError, match=f"no stream within .*{nobody}"):
+            await producer.acknowledged_sequence(0.2)
+        await producer.send(Event("u1", "view"))
+        with pytest.raises(UnavailableError, match=nobody):
+            await producer.flush(WAIT_S)
+        await producer.close(flush=False)
+
+    both.run(scenario, address=nobody)
+
+
+def test_two_producers_of_one_id_are_found_out(both: Both, fake: FakeService) -> None:
+    fake.applied["p1"] = 3
+    fake.lag = iter([3, 0])
+    fake.break_on = {"view": grpc.StatusCode.UNAVAILABLE}
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer("p1", ProducerOptions(**QUICK))  # type: ignore[arg-type]
+        await producer.send(Event("u1", "view"))
+        with pytest.raises(ProfileClientError, match="another producer uses the same producer_id"):
+            await producer.flush(WAIT_S)
+        await producer.close(flush=False)
+
+    both.run(scenario)
+
+
+def test_a_callback_that_fails_fails_the_producer(both: Both, fake: FakeService) -> None:
+    def complain(rejected: Sequence[Rejected]) -> None:
+        raise LookupError("no place to write")
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer(options=ProducerOptions(on_rejected=complain))
+        await producer.send_batch([Event("u1", "bad"), Event("u1", "view")])
+        await asyncio.to_thread(fake.wait_until, lambda: fake.counts["u1"] == 1)
+        with pytest.raises(ProfileClientError, match="no place to write"):
+            await send_for_ever(producer)
+        await producer.close(flush=False)
+
+    both.run(scenario)
+
+
+def test_a_closed_producer_says_so(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        producer = client.producer()
+        await producer.send(Event("u1", "view"))
+        await producer.close()
+        await producer.close()
+        await producer.flush()  # all that was sent is delivered
+        with pytest.raises(ProducerClosedError):
+            await producer.send(Event("u1", "view"))
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 1}
+
+
+def test_closing_the_client_ends_its_producers_and_those_who_wait_for_them(both: Both, fake: FakeService) -> None:
+    fake.may_answer.clear()
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer()
+        await producer.send(Event("u1", "view"))
+        flushing = asyncio.ensure_future(producer.flush())
+        await asyncio.to_thread(fake.wait_until, lambda: fake.received == 1)
+        await client.close()
+        with pytest.raises(ProducerClosedError, match="1 events were not acknowledged"):
+            await flushing
+        with pytest.raises(ProducerClosedError):
+            await producer.send(Event("u1", "view"))
+
+    both.run(scenario)
+
+
+def test_a_producer_left_by_an_exception_does_not_wait(both: Both, fake: FakeService) -> None:
+    fake.may_answer.clear()
+
+    async def scenario(client: Any) -> None:
+        with pytest.raises(LookupError):
+            await send_and_fail(client.producer())
+
+    both.run(scenario)
+
+
+def test_many_threads_share_a_producer(fake: FakeService) -> None:
+    options = ProducerOptions(batch_events=50, batch_bytes=1000, buffer_bytes=2000, in_flight_batches=2)
+    with serving(fake) as address, ProfileClient(address) as client, client.producer(options=options) as producer:
+
+        def send() -> None:
+            for _ in range(10):
+                producer.send_batch(views(50))
+                producer.flush(WAIT_S)
+
+        threads = [threading.Thread(target=send) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert producer.acknowledged_events == 2000
+    assert sum(fake.counts.values()) == 2000
+
+
+async def test_many_tasks_share_a_producer_within_its_bounds(fake: FakeService) -> None:
+    options = ProducerOptions(batch_events=50, batch_bytes=1000, buffer_bytes=2000, in_flight_batches=2)
+    with serving(fake) as address:
+        async with AsyncProfileClient(address) as client, client.producer(options=options) as producer:
+            await asyncio.gather(*(producer.send_batch(views(500)) for _ in range(4)))
+            await producer.flush(WAIT_S)
+            assert producer.acknowledged_events == 2000
+    assert sum(fake.counts.values()) == 2000
+
+
+async def test_a_caller_with_many_events_leaves_the_loop_to_others(fake: FakeService) -> None:
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    with serving(fake) as address:
+        counting = asyncio.create_task(count_turns())
+        options = ProducerOptions(batch_events=10)
+        async with AsyncProfileClient(address) as client, client.producer(options=options) as producer:
+            await producer.send_batch(views(200))
+            assert turns >= 200 // 10 - 1
+        counting.cancel()

@@ -1,0 +1,99 @@
+"""When a producer tries again and when it gives up, without a network."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+
+from profile_client import ProducerOptions, ServiceError
+from profile_client.reconnect import Reconnection
+
+BROKEN = ServiceError("broken", grpc.StatusCode.UNAVAILABLE)
+OPTIONS = ProducerOptions(reconnect_s=(0.1, 1.0), give_up_s=10)
+
+
+def ended(
+    reconnection: Reconnection,
+    error: ServiceError | None = BROKEN,
+    *,
+    progress: int = 0,
+    was_connected: bool = False,
+    is_idle: bool = False,
+    now: float = 0.0,
+) -> float | ServiceError:
+    return reconnection.stream_ended(
+        error, progress=progress, was_connected=was_connected, is_idle=is_idle, now=now, chance=0.0
+    )
+
+
+def test_waits_double_to_the_longest_and_begin_anew_with_progress() -> None:
+    reconnection = Reconnection(OPTIONS)
+    assert [ended(reconnection) for _ in range(6)] == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5]
+    assert ended(reconnection, progress=1) == 0.05
+
+
+def test_a_connection_without_progress_does_not_put_off_giving_up() -> None:
+    reconnection = Reconnection(OPTIONS)
+    assert ended(reconnection, was_connected=True, now=0) != BROKEN
+    assert ended(reconnection, was_connected=True, now=9) != BROKEN
+    assert ended(reconnection, was_connected=True, now=11) is BROKEN
+
+
+def test_progress_puts_off_giving_up() -> None:
+    reconnection = Reconnection(OPTIONS)
+    for second in range(0, 100, 9):
+        assert isinstance(ended(reconnection, progress=second, now=second), float)
+
+
+def test_a_producer_with_nothing_to_deliver_never_gives_up() -> None:
+    reconnection = Reconnection(OPTIONS)
+    for hour in range(10):
+        assert isinstance(ended(reconnection, is_idle=True, now=hour * 3600.0), float)
+    # It gets its whole time once there is something to deliver.
+    assert isinstance(ended(reconnection, now=9 * 3600 + 9.0), float)
+    assert ended(reconnection, now=9 * 3600 + 11.0) is BROKEN
+
+
+def test_an_idle_producer_does_not_hammer_a_service_that_is_away() -> None:
+    reconnection = Reconnection(OPTIONS)
+    assert [ended(reconnection, is_idle=True) for _ in range(3)] == [0.05, 0.1, 0.2]
+    assert ended(reconnection, is_idle=True, was_connected=True) == 0.05
+
+
+def test_the_service_s_own_wish_is_honoured() -> None:
+    full = ServiceError("full", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    full.retry_after_s = 3.0
+    assert ended(Reconnection(OPTIONS), full) == 3.0
+
+
+def test_a_stream_that_has_answered_what_it_was_asked_is_followed_at_once() -> None:
+    reconnection = Reconnection(OPTIONS)
+    ended(reconnection)
+    assert ended(reconnection, None, progress=5, was_connected=True) == 0.0
+    # One that ends without a reason is not.
+    assert ended(reconnection, None, progress=5, was_connected=True) == 0.05
+    verdict = ended(reconnection, None, progress=5, was_connected=True, now=11)
+    assert isinstance(verdict, ServiceError)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.DATA_LOSS,
+    ],
+)
+def test_what_repeating_does_not_mend_is_not_repeated(code: grpc.StatusCode) -> None:
+    error = ServiceError("no", code)
+    assert ended(Reconnection(OPTIONS), error) is error
+
+
+def test_options_name_all_their_faults_at_once() -> None:
+    with pytest.raises(ValueError, match="batch_events must be 1 to 10000, is 0") as caught:
+        ProducerOptions(batch_events=0, in_flight_batches=0, buffer_bytes=1, linger_s=-1, reconnect_s=(2, 1))
+    for name in ("in_flight_batches", "buffer_bytes", "linger_s", "reconnect_s"):
+        assert name in str(caught.value)
