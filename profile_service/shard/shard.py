@@ -221,8 +221,8 @@ class Shard:
     def _check(self, submission: _Submission) -> list[_Applicable] | None:
         """Decodes the submission's parts and leaves out what was counted before; None if it was refused whole."""
         try:
-            # Owners may have changed meanwhile. What was routed by another epoch goes back whole, even if this shard still
-            # owns it: the same producer's next batch must not overtake it.
+            # Owners may have changed meanwhile. What was routed by another epoch goes back whole, even if this shard
+            # still owns it: the same producer's next batch must not overtake it.
             self._check_epoch(submission.epoch)
             decoded = []
             for part in submission.parts:

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import asyncio
 
-import numpy as np
-
 from profile_service.clock import system_clock
-from profile_service.config import Capacity, Limits
+from profile_service.config import Capacity
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
 from profile_service.shard.shard import Shard
 from profile_service.storage.log import MemoryLog
-from profile_service.wire.gather import gather, split_by_owner
-from profile_service.wire.plan import WirePlan
-from profile_service.wire.scan import scan_batch
+from profile_service.wire.warm import compile_kernels
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
 
 
 def warm_kernels(schema: Schema) -> None:
-    """Takes a few events of every type the whole way through a shard of its own: scan, split, gather, decode, apply,
-    read."""
+    """Takes a few events through the wire, and of every type through a shard of its own: decode, apply, read."""
+    compile_kernels()
     asyncio.run(_warm(schema))
 
 
 async def _warm(schema: Schema) -> None:
     now_ns = system_clock()
-    message = event_service_pb2.StreamEventsRequest(producer_id="warm", sequence=1)
+    message = event_service_pb2.IngestEventsRequest()
     for number, event_type in enumerate([*schema.event_types, *schema.event_types]):
         event = message.events.add(user_id=f"u{number}", type=event_type.name, event_id=f"e{number}")
         event.time.FromNanoseconds(now_ns - number)
@@ -35,10 +31,7 @@ async def _warm(schema: Schema) -> None:
             event.attributes[name] = "text"
         for name in schema.number_attributes:
             event.attributes[name] = 1.0
-    plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
-    batch = scan_batch(message.SerializeToString(), plan, Limits(), now_ns)
-    order, _ = split_by_owner(batch.user_hash, batch.status, np.zeros(1, dtype=np.int32), 0, 1)
-    events = gather(batch.buffer, batch.offset, batch.length, order)
+    events = message.SerializeToString()
     shard = Shard(
         0,
         schema,
