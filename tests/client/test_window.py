@@ -26,7 +26,7 @@ class WindowMachine(RuleBasedStateMachine):
         self.added: list[bytes] = []
         self.applied: list[bytes] = []
         self.told: list[Rejected] = []
-        self.service_sequence = self.before = held
+        self.service_sequence = self.before = self.looked_at = held
         self.to_service: list[Batch] = []
         self.refused_unanswered: list[Rejected] = []
         self.to_producer: list[Answer] = []
@@ -64,14 +64,15 @@ class WindowMachine(RuleBasedStateMachine):
         if batch.sequence == self.service_sequence + 1:
             self.service_sequence = batch.sequence
             self.applied.extend(events)
+        self.looked_at = max(self.looked_at, batch.sequence)
         self.refused_unanswered.extend(
             Rejected(batch.sequence, index, "f", "r") for index, event in enumerate(events) if event.startswith(BAD)
         )
 
     @rule()
     def answer(self) -> None:
-        """The answer names the highest batch that is held, be it of an earlier stream."""
-        self.to_producer.append((self.service_sequence, self.refused_unanswered))
+        """The answer names the highest batch that this stream began with or has brought."""
+        self.to_producer.append((self.looked_at, self.refused_unanswered))
         self.refused_unanswered = []
 
     @rule()
@@ -93,7 +94,8 @@ class WindowMachine(RuleBasedStateMachine):
     def reconnect(self, lag: int) -> None:
         """Everything on the way is lost, both ways; the service says where it is, and may lag."""
         self.to_service, self.to_producer, self.refused_unanswered = [], [], []
-        self.window.connected(max(self.before, self.window.acknowledged_sequence, self.service_sequence - lag))
+        self.looked_at = max(self.before, self.window.acknowledged_sequence, self.service_sequence - lag)
+        self.window.connected(self.looked_at)
 
     @invariant()
     def adds_up(self) -> None:
