@@ -84,7 +84,9 @@ class CategoricalOracle(Oracle):
         close(f"{name}.weight", answer.weight, total, tiny)
         close(f"{name}.confidence", answer.confidence, total / (total + strength), tiny)
         assert sorted(v.value for v in answer.values) == sorted(weights), name
-        previous = math.inf
+        previous, order = math.inf, {value: place for place, value in enumerate(weights)}
+        ranks = [(-entry.likelihood, order[entry.value]) for entry in answer.values]
+        assert ranks == sorted(ranks), f"{name}: of equally likely values the schema's first comes first, other last"
         for entry in answer.values:
             likelihood = (weights[entry.value] + strength * prior[entry.value]) / (total + strength)
             close(f"{name}.{entry.value}.weight", entry.weight, weights[entry.value], tiny)
@@ -159,24 +161,28 @@ def _quantile(histogram: list[float], bounds: list[float], target: float, low: f
 
 class TopKOracle(Oracle):
     def check(self, name: str, message: profile_pb2.Feature, read_ns: int, population: list[Oracle]) -> None:
+        # Relative to the newest event, as shares stay when all the weights have decayed to nothing.
+        newest = max((s.time_ns for s in self.seen), default=read_ns)
         true: dict[str, float] = {}
-        for weight, value in self.decayed(read_ns):
+        for weight, value in self.decayed(newest):
             true[value] = true.get(value, 0.0) + weight
-        total = math.fsum(true.values())
+        total, scale = math.fsum(true.values()), self.decay(newest, read_ns)
         answer = message.top_k
-        close(f"{name}.weight", answer.weight, total)
-        assert len({e.value for e in answer.entries}) == len(answer.entries) <= self.options.k, name
-        assert [e.weight for e in answer.entries] == sorted((e.weight for e in answer.entries), reverse=True), name
+        close(f"{name}.weight", answer.weight, total * scale)
+        listed = {entry.value for entry in answer.entries}
+        assert len(listed) == len(answer.entries) <= self.options.k, name
+        weights = [entry.weight for entry in answer.entries]
+        assert weights == sorted(weights, reverse=True), name
         slack = REL * total
         for entry in answer.entries:
-            assert entry.weight + slack >= true[entry.value] >= entry.weight - entry.error - slack, (name, entry, true)
-            close(f"{name}.share", entry.share, entry.weight / answer.weight if answer.weight else 0.0)
+            most, least = entry.share * total, entry.share * total - entry.error / scale if scale else 0.0
+            assert most + slack >= true[entry.value] >= least - slack, (name, entry, true)
+            close(f"{name}.{entry.value}", entry.weight, entry.share * total * scale, total * scale * 1e-30)
         if len(true) <= self.options.k:
-            assert {e.value for e in answer.entries} == set(true), name
+            assert listed == set(true), name
             for entry in answer.entries:
-                close(f"{name}.{entry.value}", entry.weight, true[entry.value], total * 1e-30)
+                close(f"{name}.{entry.value}.share", entry.share, true[entry.value] / total, 1e-30)
                 assert entry.error == 0, name
-        listed = {e.value for e in answer.entries}
         for value, weight in true.items():
             assert value in listed or weight <= total / self.options.k + slack, f"{name}: {value} is missing"
 

@@ -55,6 +55,8 @@ class ProfileOracle:
         assert profile.last_seen_time.ToNanoseconds() == max(user.times)
         assert set(profile.features) == set(user.features)
         read_ns = profile.read_time.ToNanoseconds()
+        kinds = {spec.name: spec.kind for spec in self._schema.features}
         for feature, oracle in user.features.items():
+            assert profile.features[feature].WhichOneof("kind") == kinds[feature], f"{name}.{feature}"
             everyone: list[Oracle] = [other.features[feature] for other in self.users.values()]
             oracle.check(f"{name}.{feature}", profile.features[feature], read_ns, everyone)
