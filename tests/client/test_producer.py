@@ -157,6 +157,29 @@ def test_a_returning_producer_goes_on_where_it_was(both: Both, fake: FakeService
     assert fake.applied == {"p1": 2}
 
 
+def test_an_import_that_is_interrupted_goes_on_without_counting_twice(both: Both, fake: FakeService) -> None:
+    options = ProducerOptions(batch_events=10, linger_s=float("inf"))
+    events = views(95)
+    fake.lag = iter([0, 2])
+
+    async def interrupted(client: Any) -> None:
+        producer = client.producer("import", options)
+        await producer.send_batch(events[:58])
+        await asyncio.to_thread(fake.wait_until, lambda: fake.applied.get("import") == 5)
+        await producer.close(flush=False)
+
+    async def resumed(client: Any) -> None:
+        async with client.producer("import", options) as producer:
+            done = await producer.acknowledged_sequence()
+            assert done == 3
+            await producer.send_batch(events[done * 10 :])
+
+    both.run(interrupted)
+    both.run(resumed)
+    assert fake.counts == Counter(event.user_id for event in events)
+    assert fake.applied == {"import": 10}
+
+
 def test_a_service_that_restarts_is_found_again(fake: FakeService) -> None:
     with serving(fake) as address:
         client = ProfileClient(address)
@@ -287,6 +310,27 @@ def test_two_producers_of_one_id_are_found_out(both: Both, fake: FakeService) ->
     both.run(scenario)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_slow_callback_is_done_before_flush_is(both: Both, fake: FakeService, fails: bool) -> None:
+    heard: list[Rejected] = []
+
+    def listen(rejected: Sequence[Rejected]) -> None:
+        threading.Event().wait(0.05)
+        if fails:
+            raise LookupError("no place to write")
+        heard.extend(rejected)
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer(options=ProducerOptions(on_rejected=listen))
+        await producer.send(Event("u1", "bad"))
+        with pytest.raises(ProfileClientError, match="no place to write" if fails else "1 events refused"):
+            await producer.flush(WAIT_S)
+        assert len(heard) == (0 if fails else 1)
+        await producer.close(flush=False)
+
+    both.run(scenario)
+
+
 def test_a_callback_that_fails_fails_the_producer(both: Both, fake: FakeService) -> None:
     def complain(rejected: Sequence[Rejected]) -> None:
         raise LookupError("no place to write")
@@ -314,6 +358,16 @@ def test_a_closed_producer_says_so(both: Both, fake: FakeService) -> None:
 
     both.run(scenario)
     assert fake.counts == {"u1": 1}
+
+
+def test_a_closed_producer_leaves_no_thread(fake: FakeService) -> None:
+    with serving(fake) as address, ProfileClient(address) as client:
+        producers = [client.producer() for _ in range(3)]
+        names = {f"producer {producer.producer_id}" for producer in producers}
+        assert names <= {thread.name for thread in threading.enumerate()}
+        for producer in producers:
+            producer.close()
+        assert not names & {thread.name for thread in threading.enumerate()}
 
 
 def test_closing_the_client_ends_its_producers_and_those_who_wait_for_them(both: Both, fake: FakeService) -> None:

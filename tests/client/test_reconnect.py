@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from profile_client import ProducerOptions, ServiceError
+from profile_client.channel import next_wait_s
 from profile_client.reconnect import Reconnection
 
 BROKEN = ServiceError("broken", grpc.StatusCode.UNAVAILABLE)
@@ -64,6 +65,14 @@ def test_the_service_s_own_wish_is_honoured() -> None:
     full = ServiceError("full", grpc.StatusCode.RESOURCE_EXHAUSTED)
     full.retry_after_s = 3.0
     assert ended(Reconnection(OPTIONS), full) == 3.0
+
+
+def test_a_call_waits_as_long_as_it_is_asked_to_and_else_ever_longer() -> None:
+    assert next_wait_s(0, 3.0, 0.5) == 3.0
+    waits = [next_wait_s(attempt, None, 0.0) for attempt in range(12)]
+    assert waits == sorted(waits)
+    assert waits[-1] == 0.5
+    assert waits[0] < next_wait_s(0, None, 0.9) < 2 * waits[0]
 
 
 def test_a_stream_that_has_answered_what_it_was_asked_is_followed_at_once() -> None:

@@ -251,6 +251,8 @@ class AsyncProducer:
                     self._connected = self._was_told = True
                 self._report(self._window.acknowledge(sequence, refused))
                 await self._notify()
+                if self._window.failure is not None:
+                    return
             if await call.code() is grpc.StatusCode.OK:
                 self._report(self._window.ended())
                 await self._notify()
@@ -261,8 +263,14 @@ class AsyncProducer:
             call.cancel()
 
     def _report(self, refused: tuple[Rejected, ...]) -> None:
-        if refused and self.options.on_rejected is not None:
+        """Tells of refused events, before a flush that waits for them returns."""
+        if not refused or self.options.on_rejected is None:
+            return
+        try:
             self.options.on_rejected(refused)
+        except Exception as error:  # noqa: BLE001  it is the program's own
+            self._window.failure = ProfileClientError(f"on_rejected failed: {error!r}")
+            self._window.failure.__cause__ = error
 
     async def _write(self, call: Any) -> None:
         # A stream that breaks while it is written to: the reader learns why.

@@ -36,8 +36,8 @@ class ProducerOptions:
     give_up_s: float = 60.0
     """A producer that has something to deliver fails when its streams have broken for so long without any progress."""
     on_rejected: Callable[[Sequence[Rejected]], object] | None = None
-    """Called with refused events as they become known, where the stream is read: it must be quick, and must not send or
-    flush. `flush` raises them all the same."""
+    """Called with refused events as they become known, where the stream is read and before `flush` returns: it must be
+    quick, and must not send or flush. `flush` raises them all the same. If it raises, the producer fails."""
 
     def __post_init__(self) -> None:
         first_s, longest_s = self.reconnect_s

@@ -239,13 +239,13 @@ class Producer:
                         if self._window.failure is not None:
                             return
                         self._connected = self._was_told = True
-                    placed = self._window.acknowledge(sequence, refused)
+                    self._report(self._window.acknowledge(sequence, refused))
                     self._changed.notify_all()
-                self._report(placed)
+                    if self._window.failure is not None:
+                        return
             with self._changed:
-                placed = self._window.ended()
+                self._report(self._window.ended())
                 self._changed.notify_all()
-            self._report(placed)
         finally:
             with self._changed:
                 # The generator of requests belongs to this call alone, and ends before the next one may take batches.
@@ -254,8 +254,14 @@ class Producer:
             call.cancel()
 
     def _report(self, refused: tuple[Rejected, ...]) -> None:
-        if refused and self.options.on_rejected is not None:
+        """Tells of refused events, under the lock: before a flush that waits for them returns."""
+        if not refused or self.options.on_rejected is None:
+            return
+        try:
             self.options.on_rejected(refused)
+        except Exception as error:  # noqa: BLE001  it is the program's own
+            self._window.failure = ProfileClientError(f"on_rejected failed: {error!r}")
+            self._window.failure.__cause__ = error
 
     def _requests(self, generation: int) -> Iterator[bytes]:
         yield encode_hello(self.producer_id)
