@@ -76,6 +76,7 @@ def render_layout(schema: Schema, layout: Layout) -> RenderableType:
     from rich.table import Table
 
     from profile_service.commands.terminal import plain
+    from profile_service.domain.duration import format_duration
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan")
     for title in ("feature", "kind", "attribute", "half-life"):
@@ -89,7 +90,7 @@ def render_layout(schema: Schema, layout: Layout) -> RenderableType:
             plain(spec.name),
             spec.kind,
             plain(str(getattr(spec.options, "attribute", ""))),
-            "" if spec.half_life_s is None else _duration(spec.half_life_s),
+            "" if spec.half_life_s is None else format_duration(spec.half_life_s),
             str(size),
             "" if error is None else f"standard error {error:.1%}",
         )
@@ -98,7 +99,7 @@ def render_layout(schema: Schema, layout: Layout) -> RenderableType:
         table.add_row("(padding)", "", "", "", str(rest), "to whole 8 bytes")
     total = layout.row_bytes + INDEX_BYTES + USER_ID_BYTES
     events = ", ".join(f"{plain(event.name)} ({event.weight:g})" for event in schema.event_types)
-    ttl = "never" if schema.ttl_s is None else f"after {_duration(schema.ttl_s)} untouched"
+    ttl = "never" if schema.ttl_s is None else f"after {format_duration(schema.ttl_s)} untouched"
     return Group(
         f"schema {plain(schema.name)}: {len(schema.features)} features, no faults",
         f"events and their weights: {events}",
@@ -109,15 +110,3 @@ def render_layout(schema: Schema, layout: Layout) -> RenderableType:
         f"bytes a user: {total:,} = row {layout.row_bytes:,} + index {INDEX_BYTES} + user id {USER_ID_BYTES}",
         "(the index at its emptiest, an id of 16 bytes; texts of open vocabularies are held once a shard)",
     )
-
-
-def _duration(seconds: float) -> str:
-    """Seconds as a schema file writes them.
-
-    >>> _duration(86_400.0 * 30), _duration(5400.0)
-    ('30d', '1.5h')
-    """
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{seconds / size:g}{unit}"
-    return f"{seconds:g}s"

@@ -36,8 +36,13 @@ KIND_STRUCT = 4
 KIND_LIST = 5
 KIND_NOT_FINITE = 6
 """A number that is NaN or infinite."""
+KIND_HUGE = 7
+"""A number beyond `MOST_NUMBER`."""
 
-KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "NaN or infinite")
+MOST_NUMBER = 1e100
+"""The largest number taken, either way: squares of larger ones would overflow, and spoil the population's sums."""
+
+KIND_NAMES = ("null", "a number", "text", "a bool", "a struct", "a list", "NaN or infinite", "beyond 1e100")
 
 # Kinds of the messages on the stack.
 _STRUCT = 0
@@ -76,7 +81,10 @@ def read_value(
         elif tag == 0x11:
             if end - pos < 8:
                 return fault(start)
-            work[VALUE_KIND] = KIND_NUMBER if np.isfinite(load_f64(buffer, pos)) else KIND_NOT_FINITE
+            number = load_f64(buffer, pos)
+            work[VALUE_KIND] = KIND_NUMBER if np.isfinite(number) else KIND_NOT_FINITE
+            if np.isfinite(number) and abs(number) > MOST_NUMBER:
+                work[VALUE_KIND] = KIND_HUGE
             work[VALUE_OFFSET] = pos
             work[VALUE_LENGTH] = 8
             pos += 8

@@ -145,7 +145,8 @@ def test_grpcurl_by_reflection(service: ServeProcess, tmp_path: Path) -> None:
 
 def test_curl_over_rest(service: ServeProcess) -> None:
     curl, shopper = tool("curl"), Shopper("curl")
-    json_body = ("--json", json.dumps({"events": shopper.events()}))
+    # As people type it: curl calls the body a form then.
+    json_body = ("-d", json.dumps({"events": shopper.events()}))
     base = f"http://{service.http_address}/v1"
     ingested = json.loads(output_of(curl, "-sS", "--fail-with-body", *json_body, f"{base}/events:ingest"))
     assert ingested == {"acceptedCount": len(SHOPPING), "rejected": []}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -69,7 +68,7 @@ def verdict(encoded: bytes, plan: WirePlan, limits: Limits, now_ns: int) -> str:
             continue
         if name in plan.text_attributes and kind != "string_value":
             return "attribute_type"
-        if name in plan.number_attributes and (kind != "number_value" or not math.isfinite(value.number_value)):
+        if name in plan.number_attributes and (kind != "number_value" or not abs(value.number_value) <= 1e100):
             return "attribute_type"
     return "valid"
 

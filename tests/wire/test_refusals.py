@@ -153,6 +153,7 @@ def test_an_attributes_name_is_at_most_1_kib() -> None:
         ("price", enc.list_value([]), "must be a finite number, is a list"),
         ("price", enc.double(2, float("nan")), "must be a finite number, is NaN or infinite"),
         ("price", enc.double(2, float("-inf")), "must be a finite number, is NaN or infinite"),
+        ("price", enc.double(2, -1.1e100), "must be a finite number, is beyond 1e100"),
         ("color", enc.double(2, float("nan")), "must be text, is NaN or infinite"),
     ],
 )

@@ -6,6 +6,7 @@ The likelihood is the mean of a Dirichlet posterior: `p_v = (W_v + a * prior_v) 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 import numpy as np
@@ -32,13 +33,14 @@ OTHER = "other"
 
 
 def _check_values(values: list[str]) -> list[str]:
-    repeated = sorted({value for value in values if values.count(value) > 1})
-    if repeated:
-        raise ValueError(f"each value once; repeated: {', '.join(repeated)}")
-    if OTHER in values:
-        raise ValueError(f"{OTHER!r} is always there: leave it out")
-    if "" in values:
-        raise ValueError("a value must not be empty")
+    repeated = sorted(value for value, count in Counter(values).items() if count > 1)
+    faults = [
+        f"each value once; repeated: {', '.join(repeated)}" if repeated else "",
+        f"{OTHER!r} is always there: leave it out" if OTHER in values else "",
+        "a value must not be empty" if "" in values else "",
+    ]
+    if any(faults):
+        raise ValueError("; ".join(filter(None, faults)))
     return values
 
 

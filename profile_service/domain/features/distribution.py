@@ -63,6 +63,16 @@ class Bins(KindOptions):
             raise ValueError("scale log needs min above 0")
         return self
 
+    @model_validator(mode="after")
+    def _check_edges(self) -> Bins:
+        with np.errstate(all="ignore"):
+            edges = self.to_array()
+        if not np.isfinite(edges).all() or np.abs(edges).max() > 1e100:
+            raise ValueError("edges must lie within 1e100 of 0")
+        if not (np.diff(edges) > 0).all():
+            raise ValueError("min and max are too near for so many bins")
+        return self
+
     def to_array(self) -> NDArray[np.float64]:
         """The edges, ascending, (count + 1,)."""
         if self.edges is not None:
