@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -41,6 +41,10 @@ LATENCY_BUCKETS_S = (
 
 EVENT_FIELDS = ("user_id", "type", "time", "event_id", "attributes")
 """The fields that a refused event can be counted under; anything else is "event"."""
+
+
+# A second series beside each counter, of when it began, is of use in OpenMetrics' format only.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class ShardReading(Protocol):

@@ -92,7 +92,7 @@ def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Lim
     async def go_to_docs(request: Request) -> Response:
         return RedirectResponse("/docs")
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", go_to_docs),
             Route("/healthz", is_alive),
@@ -105,6 +105,9 @@ def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Lim
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unforeseen},
     )
+    # A path with a slash more is another path, for which nothing is served.
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Anything(Convertor[str]):

@@ -4,7 +4,6 @@ Where grpc-gateway's code for a status says less than HTTP could, HTTP's own is 
 
     405   UNIMPLEMENTED       the path is served, not with this method; `Allow` says with which
     413   INVALID_ARGUMENT    the body is larger than a message may be
-    415   INVALID_ARGUMENT    the body is not said to be JSON; a page of another site cannot say so without asking first
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ bytes that are not UTF-8, keys given twice, NaN and Infinity written as bare wor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, NoReturn, cast
 
@@ -64,11 +64,15 @@ def load(body: bytes) -> dict[str, Any]:
 
 def fill(message: Message, tree: dict[str, Any]) -> None:
     """Sets the message's fields. Raises InvalidArgument with the path of the field at fault."""
-    try:
-        json_format.ParseDict(tree, message)
-    except _REFUSALS:
-        field, reason = explain(tree, descriptor_of(message))
-        raise InvalidArgument(field, reason) from None
+    descriptor = descriptor_of(message)
+    if _is_sound(tree, descriptor):
+        try:
+            json_format.ParseDict(tree, message)
+            return
+        except _REFUSALS:
+            pass
+    field, reason = explain(tree, descriptor)
+    raise InvalidArgument(field, reason)
 
 
 def explain(tree: object, descriptor: Descriptor) -> tuple[str, str]:
@@ -197,7 +201,34 @@ def _expected(field: FieldDescriptor) -> str:
     return _EXPECTED[field.cpp_type]
 
 
+def _is_sound(tree: object, descriptor: Descriptor) -> bool:
+    """Whether each message is an object that gives no field twice; `json_format` takes [] for {}, and two spellings."""
+    if not isinstance(tree, dict):
+        return False
+    fields = [(field, value) for name, value in tree.items() if (field := fields_of(descriptor).get(name)) is not None]
+    if len({field.number for field, _ in fields}) < len(fields):
+        return False
+    return all(_is_sound(item, below) for field, value in fields for item, below in _held(field, value))
+
+
+def _held(field: FieldDescriptor, value: object) -> Iterator[tuple[object, Descriptor]]:
+    """The messages of our own types that a field's value holds; nothing of one that should be a list and is none."""
+    below = field.message_type
+    if below is None or value is None or below.full_name.startswith("google.protobuf."):
+        return
+    if _is_map(field):
+        kind = below.fields_by_name["value"].message_type
+        if kind is not None and isinstance(value, dict):
+            yield from ((item, kind) for item in value.values())
+    elif not field.is_repeated:
+        yield value, below
+    elif isinstance(value, list):
+        yield from ((item, below) for item in value)
+
+
 def _takes(field: FieldDescriptor, value: object) -> bool:
+    if not all(_is_sound(item, below) for item, below in _held(field, value)):
+        return False
     try:
         json_format.ParseDict({field.name: value}, GetMessageClass(cast(Descriptor, field.containing_type))())
     except _REFUSALS:

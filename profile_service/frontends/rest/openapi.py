@@ -25,7 +25,6 @@ _ERRORS = {
     "400": "INVALID_ARGUMENT: `details` name the field and say what is wrong with it.",
     "404": "NOT_FOUND: nobody has seen such a user.",
     "413": "INVALID_ARGUMENT: the body is larger than a message may be.",
-    "415": "INVALID_ARGUMENT: the body is not declared as JSON.",
     "429": "RESOURCE_EXHAUSTED: a bounded queue is full; `RetryInfo` and `Retry-After` say when to try again.",
     "501": "UNIMPLEMENTED: this version does not serve it yet.",
     "503": "UNAVAILABLE: an owner moves, recovers or shuts down; try again as `RetryInfo` says.",
@@ -170,7 +169,7 @@ class _Document:
                 "text/event-stream": {"schema": {"type": "string", "description": "`data` is the result."}},
             }
         answer = self._comments.get(binding.descriptor.output_type.full_name, "The answer.")
-        codes = ["400", *(["404"] if binding.path_fields else []), *(["413", "415"] if binding.has_body else [])]
+        codes = ["400", *(["404"] if binding.path_fields else []), *(["413"] if binding.has_body else [])]
         names = [*codes, "429", "501", "503", "504", "default"]
         references = {name: {"$ref": f"#/components/responses/{_response_name(name)}"} for name in names}
         return {"200": {"description": answer, "content": content}, **references}

@@ -99,6 +99,9 @@ def _values(path: _Path, segments: Sequence[bytes]) -> dict[str, str] | None:
     values: dict[str, bytes] = {}
     for expected, raw in zip(path.segments, segments, strict=True):
         if isinstance(expected, Variable):
+            if not raw and path.verb:
+                # Not the user ":watch" either, whom a typo would then read or delete.
+                raise no_such_path(b"/" + b"/".join(segments) + b":" + path.verb.encode())
             if not raw:
                 return None
             values[expected.field] = raw
