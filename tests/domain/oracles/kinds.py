@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from userprofile.v1 import profile_pb2
 
 REL = 1e-4
+SMALLEST = sys.float_info.min / REL
+"""Below it float64 loses digits."""
 NS = 10**9
 
 
@@ -23,8 +26,10 @@ class Seen:
 
 
 def close(what: str, actual: float, expected: float, floor: float = 0.0) -> None:
-    """Equal to one in ten thousand, or both below `floor`."""
-    assert math.isclose(actual, expected, rel_tol=REL, abs_tol=floor), f"{what}: {actual!r}, expected {expected!r}"
+    """Equal to one in ten thousand, or both below `floor`, or too small for a float64 to hold to one in ten thousand."""
+    assert math.isclose(actual, expected, rel_tol=REL, abs_tol=max(floor, SMALLEST)), (
+        f"{what}: {actual!r}, expected {expected!r}"
+    )
 
 
 @dataclass
@@ -175,7 +180,7 @@ class TopKOracle(Oracle):
         assert weights == sorted(weights, reverse=True), name
         slack = REL * total
         for entry in answer.entries:
-            most, least = entry.share * total, entry.share * total - entry.error / scale if scale else 0.0
+            most, least = entry.share * total, entry.share * total - entry.error / scale if scale > SMALLEST else 0.0
             assert most + slack >= true[entry.value] >= least - slack, (name, entry, true)
             close(f"{name}.{entry.value}", entry.weight, entry.share * total * scale, total * scale * 1e-30)
         if len(true) <= self.options.k:
