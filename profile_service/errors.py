@@ -7,6 +7,7 @@ ProfileServiceError
 ├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
 │   └── NotMine            routed by a stale topology: refresh it, then try again
 ├── Superseded             a newer stream of the same producer has taken over from this one
+├── PermissionDenied       the caller may not do this, whoever it is for
 ├── DeadlineExceeded       the caller's deadline passed before the answer was ready
 ├── Unimplemented          named in the contract, not served by this version
 ├── DataLoss               stored bytes are not what was written
@@ -71,6 +72,10 @@ class NotMine(Unavailable):
 
 class Superseded(ProfileServiceError):
     """A newer stream of the same producer has taken over."""
+
+
+class PermissionDenied(ProfileServiceError):
+    """The caller may not do this."""
 
 
 class DeadlineExceeded(ProfileServiceError):

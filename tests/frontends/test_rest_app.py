@@ -109,6 +109,18 @@ async def test_a_wrong_request_is_refused_by_its_field_and_counted(
     assert counted == (0 if "%FF" in path else 1)
 
 
+@pytest.mark.parametrize(("site", "http_code"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200)])
+async def test_pages_of_other_sites_cannot_write(site: str, http_code: int) -> None:
+    async with rest_edge() as edge:
+        response = await edge.post(
+            "/v1/profiles/u1:merge",
+            {"sourceUserId": "u2"},
+            headers={"Sec-Fetch-Site": site, "Content-Type": "text/plain"},
+        )
+        assert response.status_code == http_code
+        assert len(edge.api.calls) == (http_code == 200)
+
+
 @pytest.mark.parametrize(("error", "http_code", "code"), FAILURES, ids=[type(case[0]).__name__ for case in FAILURES])
 async def test_an_error_of_the_api_is_a_google_rpc_status_as_json(
     error: BaseException, http_code: int, code: int

@@ -22,6 +22,7 @@ CASES = [
     (errors.Unavailable("shard 2 recovers", 1.0), grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
     (errors.NotMine("partition 7 moved", 12), grpc.StatusCode.UNAVAILABLE, 503, "NOT_MINE"),
     (errors.Superseded("a newer stream"), grpc.StatusCode.ABORTED, 409, "SUPERSEDED"),
+    (errors.PermissionDenied("not here"), grpc.StatusCode.PERMISSION_DENIED, 403, "PERMISSION_DENIED"),
     (errors.DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE_EXCEEDED"),
     (errors.Unimplemented("not yet"), grpc.StatusCode.UNIMPLEMENTED, 501, "UNIMPLEMENTED"),
     (errors.DataLoss("record 5 is damaged"), grpc.StatusCode.DATA_LOSS, 500, "DATA_LOSS"),

@@ -54,8 +54,13 @@ def wrong_method(http_method: str, path: str, allowed: Iterable[str]) -> Refusal
 async def read_body(request: Request, most_bytes: int) -> bytes:
     """The body of a request, which is JSON whatever its Content-Type says: `curl -d` calls everything a form.
 
-    Raises Refusal where it is too large.
+    Raises:
+        Refusal: it is too large.
+        PermissionDenied: a page of another site sent it. A browser sends such a form without asking first, so that any
+            page its user looks at could write here.
     """
+    if request.headers.get("sec-fetch-site") in ("cross-site", "same-site"):
+        raise errors.PermissionDenied("pages of other sites may not write here: send it from a program, or from /docs")
     declared = request.headers.get("content-length", "")
     asks_first = request.headers.get("expect", "").lower() == "100-continue"
     if declared.isdecimal() and int(declared) > (most_bytes if asks_first else OVERSIZE_FACTOR * most_bytes):

@@ -26,7 +26,7 @@ class Seen:
 
 
 def close(what: str, actual: float, expected: float, floor: float = 0.0) -> None:
-    """Equal to one in ten thousand, or both below `floor`, or too small for a float64 to hold to one in ten thousand."""
+    """Equal to one in ten thousand, or both below `floor`, or too small for a float64 to tell."""
     assert math.isclose(actual, expected, rel_tol=REL, abs_tol=max(floor, SMALLEST)), (
         f"{what}: {actual!r}, expected {expected!r}"
     )
