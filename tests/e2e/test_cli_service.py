@@ -116,8 +116,8 @@ def test_an_interrupted_run_goes_on_without_counting_an_event_twice(service: Ser
     pq.write_table(cars([users[i % len(users)] for i in range(rows)]), path)
     command = [sys.executable, "-m", "profile_service", "ingest", str(path), "--address", service.grpc_address]
     with subprocess.Popen([*command, "--batch", "200"], stderr=subprocess.PIPE, text=True) as process:
-        # One user's profile is read in a moment: the run is interrupted near its beginning.
-        while counted(service, users[0]) == 0 and process.poll() is None:
+        # Far enough for the service to know what it has acknowledged, and far from the end.
+        while counted(service, users[0]) < rows // len(users) // 8 and process.poll() is None:
             pass
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
