@@ -14,7 +14,6 @@
     profile_service_shard_resident_bytes{shard}                       resident memory of a shard's process
     profile_service_shard_cpu_seconds_total{shard}                    CPU time of a shard's process
     profile_service_users                                             users over all shards
-    profile_service_population_age_seconds                            how old the population is that reads use
 
 What is counted here is the frontend's own; what is known of shards is read when a scrape asks (`watch_shards`). Labels
 take only values from closed lists, so that no caller can make the number of series grow.
@@ -143,10 +142,6 @@ class Metrics:
         """From now on each scrape asks `read` what is known of the shards; it answers at once, from what is at hand."""
         self._shards.read_shards = read
 
-    def watch_population(self, age_s: Callable[[], float | None]) -> None:
-        """From now on each scrape asks `age_s` how many seconds old the population is; None where there is none yet."""
-        self._shards.population_age_s = age_s
-
     def render(self) -> bytes:
         """Everything, in Prometheus' text format (`CONTENT_TYPE`)."""
         return generate_latest(self.registry)
@@ -160,7 +155,6 @@ class _Readings(Collector):
 
     def __init__(self) -> None:
         self.read_shards: Callable[[], Iterable[ShardReading]] = tuple
-        self.population_age_s: Callable[[], float | None] = lambda: None
 
     def collect(self) -> Iterator[Metric]:
         shards = tuple(self.read_shards())
@@ -176,10 +170,6 @@ class _Readings(Collector):
             yield counter
         total = sum(shard.user_count for shard in shards)
         yield GaugeMetricFamily("profile_service_users", "Users over all shards.", value=total)
-        age_s = self.population_age_s()
-        if age_s is not None:
-            documentation = "Seconds since the population was gathered that reads are answered with."
-            yield GaugeMetricFamily("profile_service_population_age_seconds", documentation, value=age_s)
 
 
 _SHARD_GAUGES: tuple[tuple[str, str, Callable[[ShardReading], float]], ...] = (

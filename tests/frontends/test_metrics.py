@@ -68,7 +68,6 @@ def test_shards_are_read_when_a_scrape_asks() -> None:
         GetStatusResponse.ShardStatus(shard_id=1, user_count=32, duplicate_count=4, cpu_seconds=1.5),
     ]
     metrics.watch_shards(lambda: shards)
-    metrics.watch_population(lambda: 0.4)
     found = samples(metrics)
     assert found["profile_service_users", ()] == 42
     assert found["profile_service_shard_users", ("1",)] == 32
@@ -77,15 +76,13 @@ def test_shards_are_read_when_a_scrape_asks() -> None:
     assert found["profile_service_shard_events_total", ("0",)] == 99
     assert found["profile_service_shard_duplicates_total", ("1",)] == 4
     assert found["profile_service_shard_cpu_seconds_total", ("1",)] == 1.5
-    assert found["profile_service_population_age_seconds", ()] == 0.4
     shards.pop()
     assert ("profile_service_shard_users", ("1",)) not in samples(metrics)
 
 
-def test_before_anything_is_known_there_are_no_users_and_no_population() -> None:
+def test_before_anything_is_known_there_are_no_users() -> None:
     found = samples(Metrics())
     assert found["profile_service_users", ()] == 0
-    assert not [name for name, _ in found if name == "profile_service_population_age_seconds"]
 
 
 def test_two_frontends_in_one_process_count_apart() -> None:
@@ -96,7 +93,6 @@ def test_two_frontends_in_one_process_count_apart() -> None:
 
 def test_every_series_is_documented_at_the_top_of_the_module() -> None:
     metrics = Metrics()
-    metrics.watch_population(lambda: 1.0)
     metrics.watch_shards(lambda: [SimpleNamespace(**dict.fromkeys(SHARD_FIELDS, 1))])
     metrics.call(GET, "grpc", grpc.StatusCode.OK, 1.0)
     assert subject.__doc__ is not None
