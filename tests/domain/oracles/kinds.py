@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ def close(what: str, actual: float, expected: float, floor: float = 0.0) -> None
 
 
 @dataclass
-class Oracle:
+class Oracle(ABC):
     """What every kind's oracle has."""
 
     options: Any
@@ -53,8 +54,9 @@ class Oracle:
         """The largest decay factor: what is far below it may be lost in 32 bits."""
         return max((self.decay(s.time_ns, read_ns) for s in self.seen), default=1.0)
 
+    @abstractmethod
     def check(self, name: str, message: profile_pb2.Feature, read_ns: int, population: list[Oracle]) -> None:
-        raise NotImplementedError
+        """Raises AssertionError for the first number of `message` that the events seen do not give."""
 
 
 class CounterOracle(Oracle):
