@@ -264,16 +264,21 @@ class GetStatusResponse(google.protobuf.message.Message):
         RESIDENT_BYTES_FIELD_NUMBER: builtins.int
         CPU_SECONDS_FIELD_NUMBER: builtins.int
         PID_FIELD_NUMBER: builtins.int
+        RECOVERY_PROGRESS_FIELD_NUMBER: builtins.int
+        MESSAGE_FIELD_NUMBER: builtins.int
+        LOG_BYTES_FIELD_NUMBER: builtins.int
+        SNAPSHOT_POSITION_FIELD_NUMBER: builtins.int
+        SNAPSHOT_TIME_FIELD_NUMBER: builtins.int
         shard_id: builtins.int
         """Its number."""
         address: builtins.str
         """Where it listens, host:port."""
         state: builtins.str
-        """"serving", "recovering" or "unreachable"."""
+        """"serving", "recovering", "full" (the disk has no room: it reads and does not write), "failed" or "unreachable"."""
         user_count: builtins.int
         """Users it holds."""
         event_count: builtins.int
-        """Events it has counted since it started."""
+        """Events it has counted."""
         state_bytes: builtins.int
         """Bytes reserved by rows, index and strings that are in use."""
         log_position: builtins.int
@@ -290,6 +295,18 @@ class GetStatusResponse(google.protobuf.message.Message):
         """CPU time of its process in seconds."""
         pid: builtins.int
         """Process id."""
+        recovery_progress: builtins.float
+        """How much of a recovery is done, 0 to 1."""
+        message: builtins.str
+        """What the state is about, for people; empty where there is nothing to say."""
+        log_bytes: builtins.int
+        """Bytes of log on disk, preallocated ones among them."""
+        snapshot_position: builtins.int
+        """Log position from which a recovery would replay: that of the last snapshot; 0 before the first."""
+        @property
+        def snapshot_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
+            """When the last snapshot was published; unset before the first."""
+
         def __init__(
             self,
             *,
@@ -306,8 +323,14 @@ class GetStatusResponse(google.protobuf.message.Message):
             resident_bytes: builtins.int = ...,
             cpu_seconds: builtins.float = ...,
             pid: builtins.int = ...,
+            recovery_progress: builtins.float = ...,
+            message: builtins.str = ...,
+            log_bytes: builtins.int = ...,
+            snapshot_position: builtins.int = ...,
+            snapshot_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["address", b"address", "cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_position", b"log_position", "pid", b"pid", "queued_bytes", b"queued_bytes", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
+        def HasField(self, field_name: typing.Literal["snapshot_time", b"snapshot_time"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["address", b"address", "cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_bytes", b"log_bytes", "log_position", b"log_position", "message", b"message", "pid", b"pid", "queued_bytes", b"queued_bytes", "recovery_progress", b"recovery_progress", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "snapshot_position", b"snapshot_position", "snapshot_time", b"snapshot_time", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
 
     VERSION_FIELD_NUMBER: builtins.int
     SCHEMA_NAME_FIELD_NUMBER: builtins.int
@@ -321,6 +344,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     BYTES_PER_USER_FIELD_NUMBER: builtins.int
     DEDUPE_WINDOW_SECONDS_FIELD_NUMBER: builtins.int
     DEDUPE_CAPACITY_FIELD_NUMBER: builtins.int
+    DATA_DIR_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The service's version."""
     schema_name: builtins.str
@@ -334,13 +358,15 @@ class GetStatusResponse(google.protobuf.message.Message):
     epoch: builtins.int
     """The topology's epoch."""
     sync_mode: builtins.str
-    """How the log is made durable: "always", "interval", "never", or "memory" for a log without a disk."""
+    """How the log is made durable: "always" (before an acknowledgement), "interval" or "never"."""
     bytes_per_user: builtins.float
     """Bytes a user, all told: state_bytes over user_count."""
     dedupe_window_seconds: builtins.float
     """How long event ids are remembered, in seconds."""
     dedupe_capacity: builtins.int
     """Most event ids that a shard remembers."""
+    data_dir: builtins.str
+    """Directory of log and snapshots."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When this frontend started."""
@@ -364,9 +390,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         bytes_per_user: builtins.float = ...,
         dedupe_window_seconds: builtins.float = ...,
         dedupe_capacity: builtins.int = ...,
+        data_dir: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
 
 global___GetStatusResponse = GetStatusResponse
 

@@ -27,7 +27,9 @@ class ApplyRequest(google.protobuf.message.Message):
 
     @typing.final
     class Part(google.protobuf.message.Message):
-        """The part of one producer's batch that this shard owns."""
+        """The part of one producer's batch that this shard owns. One without events and with sequence 0 only tells up to where
+        its producer is acknowledged.
+        """
 
         DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -113,6 +115,8 @@ class ApplyResponse(google.protobuf.message.Message):
         """An earlier request of this stream was refused; nothing was kept."""
         STATUS_LOST: ApplyResponse._Status.ValueType  # 7
         """The shard failed while it held the request, which may or may not have been kept."""
+        STATUS_FULL: ApplyResponse._Status.ValueType  # 8
+        """The disk has no room for the log; nothing was kept."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
         """How a request ended."""
@@ -133,6 +137,8 @@ class ApplyResponse(google.protobuf.message.Message):
     """An earlier request of this stream was refused; nothing was kept."""
     STATUS_LOST: ApplyResponse.Status.ValueType  # 7
     """The shard failed while it held the request, which may or may not have been kept."""
+    STATUS_FULL: ApplyResponse.Status.ValueType  # 8
+    """The disk has no room for the log; nothing was kept."""
 
     @typing.final
     class Result(google.protobuf.message.Message):
@@ -384,14 +390,19 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     CPU_SECONDS_FIELD_NUMBER: builtins.int
     PID_FIELD_NUMBER: builtins.int
     SYNC_MODE_FIELD_NUMBER: builtins.int
+    RECOVERY_PROGRESS_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    LOG_BYTES_FIELD_NUMBER: builtins.int
+    SNAPSHOT_POSITION_FIELD_NUMBER: builtins.int
+    SNAPSHOT_TIME_NS_FIELD_NUMBER: builtins.int
     state: builtins.str
-    """"serving" or "recovering"."""
+    """"serving", "recovering", "full" (the disk has no room: it reads and does not write) or "failed"."""
     epoch: builtins.int
     """The epoch by which it checks what it is sent."""
     user_count: builtins.int
     """Users it holds."""
     event_count: builtins.int
-    """Events it has counted since it started."""
+    """Events it has counted."""
     state_bytes: builtins.int
     """Bytes reserved by rows, index and strings that are in use."""
     log_position: builtins.int
@@ -409,7 +420,17 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     pid: builtins.int
     """Process id."""
     sync_mode: builtins.str
-    """How its log is made durable: "always", "interval", "never", or "memory"."""
+    """How its log is made durable: "always", "interval" or "never"."""
+    recovery_progress: builtins.float
+    """How much of the recovery is done, 0 to 1."""
+    message: builtins.str
+    """What the state is about, for people; empty where there is nothing to say."""
+    log_bytes: builtins.int
+    """Bytes of log on disk, preallocated ones among them."""
+    snapshot_position: builtins.int
+    """Log position from which a recovery would replay: that of the last snapshot; 0 before the first."""
+    snapshot_time_ns: builtins.int
+    """When the last snapshot was published, nanoseconds since 1970; 0 before the first."""
     def __init__(
         self,
         *,
@@ -426,7 +447,42 @@ class GetShardStatusResponse(google.protobuf.message.Message):
         cpu_seconds: builtins.float = ...,
         pid: builtins.int = ...,
         sync_mode: builtins.str = ...,
+        recovery_progress: builtins.float = ...,
+        message: builtins.str = ...,
+        log_bytes: builtins.int = ...,
+        snapshot_position: builtins.int = ...,
+        snapshot_time_ns: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "epoch", b"epoch", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_position", b"log_position", "pid", b"pid", "queued_bytes", b"queued_bytes", "resident_bytes", b"resident_bytes", "state", b"state", "state_bytes", b"state_bytes", "sync_mode", b"sync_mode", "user_count", b"user_count"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "epoch", b"epoch", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_bytes", b"log_bytes", "log_position", b"log_position", "message", b"message", "pid", b"pid", "queued_bytes", b"queued_bytes", "recovery_progress", b"recovery_progress", "resident_bytes", b"resident_bytes", "snapshot_position", b"snapshot_position", "snapshot_time_ns", b"snapshot_time_ns", "state", b"state", "state_bytes", b"state_bytes", "sync_mode", b"sync_mode", "user_count", b"user_count"]) -> None: ...
 
 global___GetShardStatusResponse = GetShardStatusResponse
+
+@typing.final
+class CreateSnapshotRequest(google.protobuf.message.Message):
+    """Asks for a snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___CreateSnapshotRequest = CreateSnapshotRequest
+
+@typing.final
+class CreateSnapshotResponse(google.protobuf.message.Message):
+    """A snapshot."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOG_POSITION_FIELD_NUMBER: builtins.int
+    log_position: builtins.int
+    """Log position from which a recovery would replay."""
+    def __init__(
+        self,
+        *,
+        log_position: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["log_position", b"log_position"]) -> None: ...
+
+global___CreateSnapshotResponse = CreateSnapshotResponse

@@ -56,6 +56,11 @@ class ShardServiceStub(object):
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
                 response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
                 _registered_method=True)
+        self.CreateSnapshot = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/CreateSnapshot',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServiceServicer(object):
@@ -93,6 +98,13 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateSnapshot(self, request, context):
+        """Writes a snapshot now, and answers when it is published.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +127,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.GetShardStatus,
                     request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.FromString,
                     response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.SerializeToString,
+            ),
+            'CreateSnapshot': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSnapshot,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -227,6 +244,33 @@ class ShardService(object):
             '/userprofile.internal.v1.ShardService/GetShardStatus',
             userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
             userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.internal.v1.ShardService/CreateSnapshot',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,12 @@ class ShardServiceStub:
     ]
     """How the shard does."""
 
+    CreateSnapshot: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
+        userprofile.internal.v1.shard_pb2.CreateSnapshotResponse,
+    ]
+    """Writes a snapshot now, and answers when it is published."""
+
 class ShardServiceAsyncStub:
     """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
     a shard travels in one message, answers come by request_id, in any order.
@@ -81,6 +87,12 @@ class ShardServiceAsyncStub:
         userprofile.internal.v1.shard_pb2.GetShardStatusResponse,
     ]
     """How the shard does."""
+
+    CreateSnapshot: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
+        userprofile.internal.v1.shard_pb2.CreateSnapshotResponse,
+    ]
+    """Writes a snapshot now, and answers when it is published."""
 
 class ShardServiceServicer(metaclass=abc.ABCMeta):
     """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
@@ -121,5 +133,13 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetShardStatusResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetShardStatusResponse]]:
         """How the shard does."""
+
+    @abc.abstractmethod
+    def CreateSnapshot(
+        self,
+        request: userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.CreateSnapshotResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.CreateSnapshotResponse]]:
+        """Writes a snapshot now, and answers when it is published."""
 
 def add_ShardServiceServicer_to_server(servicer: ShardServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
