@@ -4,6 +4,7 @@ ProfileServiceError
 ├── InvalidArgument        the caller's request is wrong: names the field and what would be right
 ├── NotFound               what was asked for does not exist
 ├── ResourceExhausted      a bounded queue is full: try again after `retry_after_s`
+│   └── StorageFull        the disk has no room for what is to be made durable
 ├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
 │   └── NotMine            routed by a stale topology: refresh it, then try again
 ├── Superseded             a newer stream of the same producer has taken over from this one
@@ -56,6 +57,10 @@ class _Retryable(ProfileServiceError):
 
 class ResourceExhausted(_Retryable):
     """A bounded queue is full; nothing of the request was kept."""
+
+
+class StorageFull(ResourceExhausted):
+    """The disk has no room for what is to be made durable; nothing of the request was kept."""
 
 
 class Unavailable(_Retryable):

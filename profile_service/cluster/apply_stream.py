@@ -22,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from grpc import aio
 
 from profile_service.cluster.batches import Part
-from profile_service.cluster.framing import message_field
+from profile_service.wire.framing import message_field
 from profile_service.cluster.owner_stream import OwnerStream
 from profile_service.config import MIB
 from profile_service.errors import InvalidArgument, ProfileServiceError, ResourceExhausted, Unavailable

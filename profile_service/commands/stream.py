@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from profile_service.commands.connection import call_error
 from profile_service.commands.terminal import CommandError
-from profile_service.files.encode import varint
+from profile_service.wire.framing import varint
 
 if TYPE_CHECKING:
     import grpc

@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from profile_service.wire.framing import varint
+
 _EVENTS, _USER_ID, _TYPE, _TIME, _EVENT_ID, _ATTRIBUTES = 0x0A, 0x0A, 0x12, 0x1A, 0x22, 0x2A
 _ENTRY, _NAME, _VALUE, _TEXT, _NUMBER = 0x0A, 0x0A, 0x12, 0x1A, 0x11
 _NOTHING = pa.scalar(b"", pa.large_binary())
@@ -107,20 +109,6 @@ def encode_events(columns: Columns) -> EncodedEvents:
     _, offsets, data = events.buffers()
     ends = np.frombuffer(offsets, dtype=np.int64)[events.offset : events.offset + count + 1]
     return EncodedEvents(memoryview(data), ends)
-
-
-def varint(value: int) -> bytes:
-    """A protobuf varint.
-
-    >>> varint(300).hex()
-    'ac02'
-    """
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _prefix(tag: int, size: int) -> bytes:

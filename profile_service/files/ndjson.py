@@ -25,11 +25,12 @@ from typing import Any, cast
 import numpy as np
 
 from profile_service.files.chunk import MOST_EVENT_BYTES, NO_TIME, Chunk, RefusedRow
-from profile_service.files.encode import EncodedEvents, varint
+from profile_service.files.encode import EncodedEvents
 from profile_service.files.errors import CellError, FileError
 from profile_service.files.mapping import Attributes, Mapping, Wanted, resolve
 from profile_service.files.tables import open_stream
 from profile_service.files.values import number_of, text_of, time_of
+from profile_service.wire.framing import varint
 from userprofile.v1 import event_pb2
 
 EVENT_KEYS = frozenset({"userId", "user_id", "type", "time", "eventId", "event_id", "attributes"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from profile_service.cluster.framing import message_field
+from profile_service.wire.framing import message_field
 from profile_service.cluster.router import Router
 from profile_service.config import Limits
 from profile_service.domain.schema import Schema

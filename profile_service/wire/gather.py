@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.domain.kernel import copy_bytes, kernel, to_i64
+from profile_service.wire.frame import as_buffer, next_event
+from profile_service.wire.work import LAST
 
 
 def gather(
@@ -22,6 +24,16 @@ def gather(
     joined = np.empty(size, np.uint8)
     _gather(buffer, offset, length, selection, joined)
     return joined.tobytes()
+
+
+def gather_events(events: bytes, selection: NDArray[np.int64]) -> bytes:
+    """The selected events, by index, of an encoded IngestEventsRequest that holds events alone, as another one.
+
+    Raises IndexError where the selection is out of bounds.
+    """
+    buffer = as_buffer(events)
+    offset, length = _extents(buffer, 1 + int(selection.max(initial=-1)))
+    return gather(buffer, offset, length, selection)
 
 
 def split_by_owner(
@@ -43,6 +55,25 @@ def split_by_owner(
     if not _split_by_owner(user_hash, status, owner_of_partition, partition_bits, order, start):
         raise ValueError(f"owner_of_partition must hold owners from 0 to {owners - 1}")
     return order[: start[owners]], start
+
+
+@kernel
+def _extents(buffer: NDArray[np.uint8], most: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Offset and length, tag included, of the first `most` events, or of as many as there are."""
+    offset = np.empty(most, np.int64)
+    length = np.empty(most, np.int32)
+    work = np.zeros(LAST, np.int64)
+    count = 0
+    pos = 0
+    while count < most and pos < buffer.size:
+        start, _, end = next_event(buffer, pos, work)
+        if start >= buffer.size:
+            break
+        offset[count] = start
+        length[count] = end - start
+        count += 1
+        pos = end
+    return offset[:count], length[:count]
 
 
 @kernel

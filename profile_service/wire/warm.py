@@ -11,7 +11,7 @@ import numpy as np
 
 from profile_service.config import Limits
 from profile_service.wire.decode import decode_events
-from profile_service.wire.gather import gather, split_by_owner
+from profile_service.wire.gather import gather, gather_events, split_by_owner
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
 
@@ -24,4 +24,5 @@ def compile_kernels() -> None:
     scanned = scan_batch(_VALID_AND_REFUSED, plan, Limits(), 0)
     assert [index for index, _, _ in scanned.rejected()] == [1]
     order, _ = split_by_owner(scanned.user_hash, scanned.status, np.zeros(1, np.int32), 0, 1)
-    assert decode_events(gather(scanned.buffer, scanned.offset, scanned.length, order), plan, 0).count == 1
+    events = gather(scanned.buffer, scanned.offset, scanned.length, order)
+    assert decode_events(gather_events(events, np.zeros(1, np.int64)), plan, 0).count == 1

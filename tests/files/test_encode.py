@@ -9,7 +9,8 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profile_service.files.encode import Columns, Times, encode_events, varint
+from profile_service.files.encode import Columns, Times, encode_events
+from profile_service.wire.framing import varint
 from userprofile.v1 import event_service_pb2
 
 BYTES = pa.large_binary()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profile_service.config import Limits
-from profile_service.wire.gather import gather, split_by_owner
+from profile_service.wire.gather import gather, gather_events, split_by_owner
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
 from userprofile.v1 import event_service_pb2
@@ -78,3 +78,18 @@ def test_a_table_that_does_not_fit_is_refused() -> None:
     for owner in (-1, 1):
         with pytest.raises(ValueError, match="owners from 0 to 0"):
             split_by_owner(hashes, status, np.full(256, owner, np.int32), 8, 1)
+
+
+@given(users=st.lists(st.text(max_size=5), max_size=30), choice=st.lists(st.integers(0, 10**6), max_size=40))
+def test_events_gathered_by_index_are_those_of_a_request_of_events_alone(users: list[str], choice: list[int]) -> None:
+    request = event_service_pb2.IngestEventsRequest()
+    for user in users:
+        request.events.add(user_id=user, type="view")
+    chosen = np.array([number % len(users) for number in choice] if users else [], np.int64)
+    gathered = event_service_pb2.IngestEventsRequest.FromString(gather_events(request.SerializeToString(), chosen))
+    assert [event.user_id for event in gathered.events] == [users[i] for i in chosen]
+
+
+def test_an_index_beyond_the_events_is_not_gathered() -> None:
+    with pytest.raises(IndexError, match="is not an event of the batch"):
+        gather_events(b"\x0a\x00", np.array([0, 1], np.int64))
