@@ -95,7 +95,7 @@ class Service:
     def _start(self, schema: Schema, settings: Settings, progress: Callable[[str], None]) -> None:
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema))
-        self._ray = EmbeddedRay(workers=settings.shards + 2)
+        self._ray = EmbeddedRay(workers=settings.shard_count + 2)
         warm.result()
         # These import Ray, which reads its environment then.
         import ray
@@ -103,7 +103,7 @@ class Service:
         from profile_service.cluster.actor import COORDINATOR_NAME, CoordinatorActor, create_actor, create_shards
         from profile_service.frontends.actor import FrontendActor
 
-        progress(f"starting {settings.shards} shard{'s' if settings.shards > 1 else ''} and a frontend")
+        progress(f"starting {settings.shard_count} shard{'s' if settings.shard_count > 1 else ''} and a frontend")
         # The coordinator would create the shards, too; so all processes start side by side.
         create_shards(schema, settings)
         self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings)
@@ -131,15 +131,16 @@ class Service:
 
 
 def _check_data_dir(settings: Settings) -> None:
-    if settings.data_dir is None:
+    data_dir = settings.storage.data_dir
+    if data_dir is None:
         return
     try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.data_dir):
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=data_dir):
             pass
     except OSError as error:
         raise StartupError(
-            f"{settings.data_dir} cannot be written to ({error.strerror}); "
+            f"{data_dir} cannot be written to ({error.strerror}); "
             "give another directory with --data-dir, or change its owner or permissions"
         ) from None
 

@@ -92,7 +92,7 @@ class CoordinatorActor:
 
 def _first_topology(settings: Settings) -> Topology:
     """Who owns what before anyone has said where they are."""
-    places = [ShardLocation(shard_id, "") for shard_id in range(settings.shards)]
+    places = [ShardLocation(shard_id, "") for shard_id in range(settings.shard_count)]
     return Topology.even(settings.fixed.partition_bits, places)
 
 

@@ -40,7 +40,7 @@ def demo(
     from profile_service.commands.send import replay
     from profile_service.commands.service import StopSignal, free_port, running
     from profile_service.commands.terminal import stderr, stdout
-    from profile_service.config import Settings, default_shards
+    from profile_service.config import Settings, Storage
     from profile_service.sample import load_sample
     from profile_service.sample.shoppers import shopper_id
 
@@ -48,8 +48,8 @@ def demo(
     host = "127.0.0.1"
     with tempfile.TemporaryDirectory(prefix="profile-service-demo-") as data_dir:
         settings = Settings(
-            data_dir=Path(data_dir),
-            shards=shards or default_shards(),
+            storage=Storage(data_dir=Path(data_dir)),
+            shards=shards,
             host=host,
             grpc_port=free_port(host, DEFAULT_GRPC_PORT, remarks.print) if grpc_port is None else grpc_port,
             http_port=free_port(host, DEFAULT_HTTP_PORT, remarks.print) if http_port is None else http_port,

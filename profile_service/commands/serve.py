@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from profile_service.commands.options import flag
-from profile_service.config import Capacity, Limits, Settings, default_shards
+from profile_service.config import Capacity, Limits, Settings, Storage, SyncMode
 
 if TYPE_CHECKING:
     from profile_service.launcher import Service
 
-LIMITS, CAPACITY = Limits(), Capacity()
+LIMITS, CAPACITY, STORAGE = Limits(), Capacity(), Storage()
 _LIMITS = "Limits: beyond them a request, or one event of it, is refused"
 _CAPACITY = "Capacity: beyond it callers are told to wait"
-
-NOT_KEPT = "note: profiles and log are held in memory by this version; nothing is kept across a restart"
+_STORAGE = "Storage: what a crash can cost, and how long a restart takes"
 
 Schema = Annotated[str, flag("--schema", "Schema file, or a shipped schema: marketplace, retail.", metavar="FILE")]
-DataDir = Annotated[Path | None, flag("--data-dir", "Directory for the service's files; made if missing.")]
-Shards = Annotated[int, flag("--shards", "Shards; one for each core but the frontend's by default.", min=1, max=256)]
+DataDir = Annotated[
+    Path | None,
+    flag("--data-dir", "Directory of log and snapshots; made if missing. Without it nothing is kept after a stop."),
+]
+Shards = Annotated[
+    int | None,
+    flag("--shards", "Shards; by default what the data directory has, or three for every four cores.", min=1, max=256),
+]
 Host = Annotated[str, flag("--host", "Address to listen on; 0.0.0.0 is every one.")]
 GrpcPort = Annotated[int, flag("--grpc-port", "Port of gRPC; 0 takes a free one.", min=0, max=65535)]
 HttpPort = Annotated[int, flag("--http-port", "Port of REST; 0 takes a free one.", min=0, max=65535)]
@@ -28,7 +33,7 @@ HttpPort = Annotated[int, flag("--http-port", "Port of REST; 0 takes a free one.
 def serve(
     schema: Schema = "marketplace",
     data_dir: DataDir = None,
-    shards: Shards = default_shards(),  # noqa: B008  shown in the help
+    shards: Shards = None,
     store: Annotated[str, flag("--store", "What holds the profiles: local.")] = "local",
     host: Host = "127.0.0.1",
     grpc_port: GrpcPort = 50051,
@@ -36,6 +41,35 @@ def serve(
     drain_timeout_s: Annotated[
         float, flag("--drain-timeout-s", "Seconds that a stop waits for what was accepted.", min=0.0)
     ] = 30.0,
+    sync: Annotated[
+        SyncMode,
+        flag(
+            "--sync",
+            "When the log reaches the disk: before each acknowledgement, at intervals, or when the system likes.",
+            panel=_STORAGE,
+        ),
+    ] = STORAGE.sync,
+    sync_interval_s: Annotated[
+        float, flag("--sync-interval-s", "Seconds between two syncs with --sync interval.", panel=_STORAGE)
+    ] = STORAGE.sync_interval_s,
+    segment_bytes: Annotated[int, flag("--segment-bytes", "Size of a file of the log.", panel=_STORAGE)] = (
+        STORAGE.segment_bytes
+    ),
+    snapshot_log_bytes: Annotated[
+        int, flag("--snapshot-log-bytes", "Bytes logged by a shard between two snapshots.", panel=_STORAGE)
+    ] = STORAGE.snapshot_log_bytes,
+    snapshot_interval_s: Annotated[
+        float, flag("--snapshot-interval-s", "Seconds between two snapshots of a shard.", panel=_STORAGE)
+    ] = STORAGE.snapshot_interval_s,
+    reset_feature: Annotated[
+        list[str],
+        flag(
+            "--reset-feature",
+            "Start this feature empty if its change would otherwise be refused; may be given again and again.",
+            panel=_STORAGE,
+            metavar="NAME",
+        ),
+    ] = [],  # noqa: B006  typer makes a new one
     user_id_bytes: Annotated[int, flag("--user-id-bytes", "Longest user id.", panel=_LIMITS, min=1)] = (
         LIMITS.user_id_bytes
     ),
@@ -93,7 +127,15 @@ def serve(
     check_store(store)
     settings = Settings(
         schema_path=schema_file(schema),
-        data_dir=data_dir,
+        storage=Storage(
+            data_dir=data_dir,
+            sync=sync,
+            sync_interval_s=sync_interval_s,
+            segment_bytes=segment_bytes,
+            snapshot_log_bytes=snapshot_log_bytes,
+            snapshot_interval_s=snapshot_interval_s,
+            reset_features=tuple(reset_feature),
+        ),
         shards=shards,
         host=host,
         grpc_port=grpc_port,
@@ -119,7 +161,6 @@ def serve(
         ),
         drain_timeout_s=drain_timeout_s,
     )
-    print(NOT_KEPT, flush=True)
     stop = StopSignal()
     with running(settings, stop) as service:
         if not stop.asked:

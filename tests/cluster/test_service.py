@@ -17,7 +17,7 @@ import grpc
 import psutil
 import pytest
 
-from profile_service.config import Settings
+from profile_service.config import Settings, Storage
 from profile_service.errors import SchemaError, StartupError
 from profile_service.launcher import Service
 from userprofile.v1 import (
@@ -191,14 +191,14 @@ def test_a_data_directory_or_a_schema_that_cannot_be_used_is_said_at_once(tmp_pa
     occupied = tmp_path / "file"
     occupied.write_text("name: x\nfeatures: 3\n")
     with pytest.raises(StartupError, match="--data-dir"):
-        Service.start(Settings(data_dir=occupied / "data", grpc_port=0, http_port=0))
+        Service.start(Settings(storage=Storage(data_dir=occupied / "data"), grpc_port=0, http_port=0))
     with pytest.raises(SchemaError):
         Service.start(Settings(schema_path=occupied, grpc_port=0, http_port=0))
 
 
 SERVE = """
 import sys, threading
-from profile_service.config import Settings
+from profile_service.config import Settings, Storage
 from profile_service.launcher import Service
 service = Service.start(Settings(shards=1, grpc_port=0, http_port=0))
 print(service.grpc_address, flush=True)
