@@ -149,7 +149,7 @@ class RealFileSystem:
     def create(self, path: Path, size: int = 0) -> File:
         file = _RealFile(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         try:
-            # Zeros are written, rather than asked for with posix_fallocate: docs/durability.md says what that saves later.
+            # Zeros are written, not asked for with posix_fallocate: docs/durability.md says what that saves later.
             for offset in range(0, size, len(_ZEROS)):
                 file.write(offset, [_ZEROS if size - offset >= len(_ZEROS) else _ZEROS[: size - offset]])
         except BaseException:
@@ -293,7 +293,7 @@ class _RealLock:
             os.pwrite(descriptor, text, 0)
             os.ftruncate(descriptor, len(text))
         except OSError as error:
-            # A full disk must not keep a service from starting: it can still serve reads. Who holds the lock stays unsaid.
+            # A full disk must not keep a service from starting: it can still serve reads. The holder stays unnamed.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 os.close(descriptor)
                 raise
