@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 STAMP := $(VENV)/.setup-done
 NODE := tests/e2e/node
 
-# What `make bench` runs (a module of benchmarks/), and what is passed on: make bench BENCH=ingest ARGS=--json
+# What `make bench` runs (`profile-service bench --help` lists them), and what is passed on: make bench BENCH=ingest ARGS=--json
 BENCH ?= ingest
 ARGS ?=
 # Two workers; the tests that start the service share one of them (tests/conftest.py), so that two clusters never fight for two cores.
@@ -68,7 +68,7 @@ demo: $(STAMP)  ## Start the service, replay the sample, print a profile, keep s
 
 .PHONY: bench
 bench: $(VENV)/.kernels-done  ## Run a benchmark: BENCH=ingest ARGS=...
-	$(PYTHON) -m benchmarks.$(BENCH) $(ARGS)
+	$(BIN)/profile-service bench $(BENCH) $(ARGS)
 
 # --- testing and checking ---
 

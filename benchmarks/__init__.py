@@ -1,2 +1,11 @@
-"""Benchmarks of the service: each prints the machine, the versions, the CPU time of every process and a floor from the
-same run."""
+"""Benchmarks of the service, run by `profile-service bench NAME`: each prints the machine, the versions and what it
+measured, measures what it compares in one run, and checks the totals afterwards.
+
+    load.py        events of the sample's kind, serialised before anything is timed
+    processes.py   the service as users start it, what it costs, and the disk that it writes to
+    producing.py   streams of batches: as fast as they go, or at a rate that nothing slows down
+    ingest.py      events a second, what each costs, and what durability costs
+    recovery.py    from the start of a shard's process to its first read, by phase
+    snapshot.py    what a snapshot does to the time of an acknowledgement
+    chart.py       the drawings in docs/
+"""

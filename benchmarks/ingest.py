@@ -1,25 +1,21 @@
-"""How many events a second go in, and what each costs: `python -m benchmarks.ingest`.
+"""How many events a second go in, what each costs, and what durability costs.
 
 The load is serialised beforehand: shoppers over car listings, four to six attributes an event, as the demo's sample.
 Producers send it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement;
-the totals are compared with GetStatus afterwards. In the same run, as floors: the same bytes through a bare grpc.aio
-echo, and the kernels alone.
+the totals are compared with GetStatus afterwards. A service for each sync mode and, as a floor, a bare grpc.aio echo of
+the same bytes run side by side and are measured in turns, round by round: what slows the machine down meanwhile slows
+all of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
-import re
 import statistics
-import sys
 import time
-import uuid
-from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import psutil
 import uvloop
@@ -27,70 +23,110 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import echo
+from benchmarks.chart import Bar, bars
 from benchmarks.load import Load, build_load
-from benchmarks.processes import cpu_seconds, describe_machine, serve, started
-from userprofile.v1 import admin_service_pb2, event_service_pb2
+from benchmarks.processes import Disk, cpu_seconds, data_directory, describe_machine, serve, started
+from benchmarks.producing import STREAM, check_totals, send
 
-STREAM = "/userprofile.v1.EventService/StreamEvents"
-STATUS = "/userprofile.v1.AdminService/GetStatus"
+BYTES_PER_EVENT = 400
+"""Room that an event takes on disk at most: its record, and its share of segments made ahead."""
 
-
-async def send(address: str, method: str, load: Load, producers: int, window: int) -> float:
-    """Sends every batch over so many streams at once, each with at most `window` unanswered; returns the seconds it
-    took."""
-    async with grpc.aio.insecure_channel(address, options=echo.OPTIONS) as channel:
-        await channel.channel_ready()
-        started_at = time.perf_counter()
-        await asyncio.gather(
-            *(_produce(channel, method, load.batches[number::producers], window) for number in range(producers))
-        )
-        return time.perf_counter() - started_at
+_FLOOR = "bare echo"
+_FIGURES = ("events_per_second", "server_cpu_us_per_event", "load_generator_cpu_us_per_event")
 
 
-async def _produce(channel: grpc.aio.Channel, method: str, batches: list[bytes], window: int) -> None:
-    room = asyncio.Semaphore(window)
-    named = event_service_pb2.StreamEventsRequest(producer_id=uuid.uuid4().hex).SerializeToString()
+@dataclass(frozen=True)
+class Options:
+    """What is measured."""
 
-    async def requests() -> AsyncIterator[bytes]:
-        yield named
-        for number, batch in enumerate(batches, start=1):
-            await room.acquire()
-            # Fields of a message may come in pieces: the batch's events, then its sequence.
-            yield batch + event_service_pb2.StreamEventsRequest(sequence=number).SerializeToString()
-
-    stream: Any = channel.stream_stream(method)
-    call = stream(requests())
-    answered = -1 if method == echo.METHOD else 0
-    async for message in call:
-        before = answered
-        if method == echo.METHOD:
-            answered += 1
-        else:
-            response = event_service_pb2.StreamEventsResponse.FromString(message)
-            if response.rejected:
-                raise RuntimeError(f"refused: {response.rejected[0]}")
-            answered = max(answered, response.sequence)
-        for _ in range(max(answered, 0) - max(before, 0)):
-            room.release()
-        if answered >= len(batches):
-            break
-    call.cancel()
+    events: int
+    """A round."""
+    users: int
+    batch: int
+    """Events a batch."""
+    producers: int
+    """Streams at once."""
+    window: int
+    """Unacknowledged batches a stream."""
+    rounds: int
+    sync: tuple[str, ...]
+    """Sync modes to compare; the figures at the top of the result are the first one's."""
+    shards: int | None
+    data_dir: Path | None
+    seed: int | None
 
 
-async def counted(address: str) -> int:
-    """Events that the service says it has counted."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        ask: Any = channel.unary_unary(STATUS)
-        answer = await ask(b"", timeout=10)
-        return int(admin_service_pb2.GetStatusResponse.FromString(answer).event_count)
+@dataclass(frozen=True)
+class _Target:
+    """Something that takes the load."""
+
+    root: psutil.Process
+    address: str
+    method: str
 
 
-def measure(root: psutil.Process, address: str, method: str, load: Load, options: argparse.Namespace) -> dict[str, Any]:
+def run(options: Options, console: Console) -> dict[str, Any]:
+    """Measures, and returns everything as one JSON object. `console` hears how far it is."""
+    seed = options.seed if options.seed is not None else int(np.random.SeedSequence().generate_state(1)[0]) % 10**6
+    with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
+        load = build_load(options.events, options.users, options.batch, seed)
+        warm = build_load(min(options.events, 100_000), options.users, options.batch, seed + 1)
+    total = warm.events + load.events * options.rounds
+    result: dict[str, Any] = {
+        "benchmark": "ingest",
+        "machine": describe_machine(),
+        "events": load.events,
+        "users": options.users,
+        "bytes_per_event": sum(map(len, load.batches)) / load.events,
+        "batch": options.batch,
+        "producers": options.producers,
+        "seed": seed,
+        "kernels_us_per_event": load.measure_kernels(),
+    }
+    with ExitStack() as stack:
+        room = total * len(options.sync) * BYTES_PER_EVENT
+        directory = stack.enter_context(data_directory(options.data_dir, room))
+        result["disk"] = str(Disk.below(directory))
+        with console.status("starting") as progress:
+            child = stack.enter_context(started(["benchmarks.echo"]))
+            targets = {_FLOOR: _Target(child.process, child.address, echo.METHOD)}
+            for mode in options.sync:
+                progress.update(f"starting the service with --sync {mode}")
+                flags = ["--sync", mode, "--data-dir", str(directory / mode)]
+                flags += ["--shards", str(options.shards)] if options.shards else []
+                child = stack.enter_context(started(serve(*flags)))
+                targets[mode] = _Target(child.process, child.address, STREAM)
+        rounds = _take_turns(targets, warm, load, options, console)
+        counted = {mode: check_totals(targets[mode].address, total).event_count for mode in options.sync}
+    _summarise(result, rounds, options.sync)
+    result["counted_events"] = counted
+    result["verified"] = True
+    return result
+
+
+def _take_turns(
+    targets: dict[str, _Target], warm: Load, load: Load, options: Options, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """Rounds by target; in every round each of them has a turn."""
+    for target in targets.values():
+        uvloop.run(send(target.address, target.method, warm, options.producers, options.window))
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
+    for number in range(options.rounds):
+        rates = []
+        for name, target in targets.items():
+            with console.status(f"round {number + 1} of {options.rounds}: {_title(name)}"):
+                rounds[name].append(_measure(target, load, options))
+            rates.append(f"{_title(name)} {rounds[name][-1]['events_per_second']:,.0f}")
+        console.print(f"round {number + 1} of {options.rounds}, events/s: {', '.join(rates)}", highlight=False)
+    return rounds
+
+
+def _measure(target: _Target, load: Load, options: Options) -> dict[str, Any]:
     """One round: rate, and CPU time an event of each process."""
-    cpu_before, own_before = cpu_seconds(root), time.process_time()
-    seconds = uvloop.run(send(address, method, load, options.producers, options.window))
+    cpu_before, own_before = cpu_seconds(target.root), time.process_time()
+    seconds = uvloop.run(send(target.address, target.method, load, options.producers, options.window))
     own = time.process_time() - own_before
-    spent = {name: after - cpu_before.get(name, 0.0) for name, after in cpu_seconds(root).items()}
+    spent = {name: after - cpu_before.get(name, 0.0) for name, after in cpu_seconds(target.root).items()}
     return {
         "events_per_second": load.events / seconds,
         "server_cpu_us_per_event": sum(spent.values()) / load.events * 1e6,
@@ -101,92 +137,69 @@ def measure(root: psutil.Process, address: str, method: str, load: Load, options
     }
 
 
-def median(rounds: list[dict[str, Any]], key: str) -> float:
-    """The median of one figure over the rounds."""
-    return float(statistics.median(round_[key] for round_ in rounds))
+def _summarise(result: dict[str, Any], rounds: dict[str, list[dict[str, Any]]], modes: tuple[str, ...]) -> None:
+    """Adds the medians over the rounds, and the ratios of what was measured in the same round."""
+    floor = rounds[_FLOOR]
+    result["floor_events_per_second"] = _median(floor, "events_per_second")
+    result["floor_server_cpu_us_per_event"] = _median(floor, "server_cpu_us_per_event")
+    result["sync"] = {}
+    for mode in modes:
+        middle = sorted(rounds[mode], key=lambda one: float(one["events_per_second"]))[len(rounds[mode]) // 2]
+        result["sync"][mode] = {
+            **{key: _median(rounds[mode], key) for key in _FIGURES},
+            "rate_ratio_to_floor": _ratio(rounds[mode], floor, "events_per_second"),
+            "cpu_us_per_event_by_process": middle["cpu_us_per_event_by_process"],
+            "rounds": rounds[mode],
+        }
+    result.update({key: value for key, value in result["sync"][modes[0]].items() if key != "rounds"})
+    if {"always", "never"} <= set(modes):
+        always, never = rounds["always"], rounds["never"]
+        result["durability"] = {
+            "rate_ratio": _ratio(always, never, "events_per_second"),
+            "server_cpu_ratio": _ratio(always, never, "server_cpu_us_per_event"),
+        }
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Every measurement, as one JSON object."""
-    console = Console(stderr=True)
-    with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
-        load = build_load(options.events, options.users, options.batch, options.seed)
-        warm = build_load(min(options.events, 100_000), options.users, options.batch, options.seed + 1)
-    result: dict[str, Any] = {
-        "machine": describe_machine(),
-        "events": load.events,
-        "users": options.users,
-        "bytes_per_event": sum(map(len, load.batches)) / load.events,
-        "batch": options.batch,
-        "producers": options.producers,
-        "seed": options.seed,
-        "kernels_us_per_event": load.measure_kernels(),
-    }
-    with started([sys.executable, "-m", "benchmarks.echo"]) as (root, line):
-        floor = _rounds(console, "bare echo", root, _address(line), echo.METHOD, warm, load, options)
-    with started(serve("marketplace", options.shards)) as (root, line):
-        address = _address(line)
-        ours = _rounds(console, "service", root, address, STREAM, warm, load, options)
-        total = asyncio.run(counted(address))
-    expected = warm.events + load.events * options.rounds
-    if total != expected:
-        raise RuntimeError(f"sent {expected} events, the service counted {total}")
-    result["floor_events_per_second"] = median(floor, "events_per_second")
-    result["floor_server_cpu_us_per_event"] = median(floor, "server_cpu_us_per_event")
-    for key in ("events_per_second", "server_cpu_us_per_event", "load_generator_cpu_us_per_event"):
-        result[key] = median(ours, key)
-    result["rate_ratio_to_floor"] = result["events_per_second"] / result["floor_events_per_second"]
-    middle = sorted(ours, key=lambda round_: round_["events_per_second"])[len(ours) // 2]
-    result["cpu_us_per_event_by_process"] = middle["cpu_us_per_event_by_process"]
-    result["rounds"] = ours
-    result["counted_events"] = total
-    return result
+def _median(rounds: list[dict[str, Any]], key: str) -> float:
+    return float(statistics.median(one[key] for one in rounds))
 
 
-def _rounds(
-    console: Console,
-    name: str,
-    root: psutil.Process,
-    address: str,
-    method: str,
-    warm: Load,
-    load: Load,
-    options: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    uvloop.run(send(address, method, warm, options.producers, options.window))
-    rounds = []
-    for number in range(options.rounds):
-        rounds.append(measure(root, address, method, load, options))
-        rate = rounds[-1]["events_per_second"]
-        console.print(f"{name}, round {number + 1} of {options.rounds}: {rate:,.0f} events/s")
-    return rounds
+def _ratio(rounds: list[dict[str, Any]], to: list[dict[str, Any]], key: str) -> float:
+    return float(statistics.median(one[key] / other[key] for one, other in zip(rounds, to, strict=True)))
 
 
-def _address(line: str) -> str:
-    found = re.search(r"gRPC (\S+?:\d+)", line)
-    assert found, line
-    return found.group(1)
+def _title(name: str) -> str:
+    return name if name == _FLOOR else f"sync {name}"
 
 
-def show(result: dict[str, Any]) -> None:
+def show(result: dict[str, Any], console: Console) -> None:
     """The figures as tables."""
-    console = Console()
-    for name, value in result["machine"].items():
-        console.print(f"{name}: {value}", highlight=False)
     table = Table(
         title=f"{result['events']:,} events of {result['bytes_per_event']:.0f} bytes, {result['users']:,} users"
     )
-    for column in ("", "events/s", "server CPU, µs an event"):
+    for column in ("", "events/s", "to the floor", "server CPU, µs an event"):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_row("service", f"{result['events_per_second']:,.0f}", f"{result['server_cpu_us_per_event']:.2f}")
+    for mode, found in result["sync"].items():
+        table.add_row(
+            f"service, sync {mode}",
+            f"{found['events_per_second']:,.0f}",
+            f"{found['rate_ratio_to_floor']:.2f}",
+            f"{found['server_cpu_us_per_event']:.2f}",
+        )
     table.add_row(
         "floor: bare echo",
         f"{result['floor_events_per_second']:,.0f}",
+        "1.00",
         f"{result['floor_server_cpu_us_per_event']:.2f}",
     )
-    table.add_row("ratio to the floor", f"{result['rate_ratio_to_floor']:.2f}", "")
     console.print(table)
-    parts = Table(title="CPU time, µs an event")
+    if "durability" in result:
+        cost = result["durability"]
+        console.print(
+            f"durability: {cost['rate_ratio']:.2f} of the rate without it, {cost['server_cpu_ratio']:.2f} of the CPU"
+        )
+    first = next(iter(result["sync"]))
+    parts = Table(title=f"CPU time, µs an event, sync {first}")
     parts.add_column("where")
     parts.add_column("µs", justify="right")
     for name, used in sorted(result["cpu_us_per_event_by_process"].items(), key=lambda item: -item[1]):
@@ -197,25 +210,12 @@ def show(result: dict[str, Any]) -> None:
     console.print(parts)
 
 
-def main() -> None:
-    """Parses the flags, measures, and prints tables or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1_000_000)
-    parser.add_argument("--users", type=int, default=100_000)
-    parser.add_argument("--batch", type=int, default=4_000, help="events a batch")
-    parser.add_argument("--producers", type=int, default=2, help="streams at once")
-    parser.add_argument("--window", type=int, default=8, help="unacknowledged batches a stream")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shards", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=int(np.random.SeedSequence().generate_state(1)[0]) % 10**6)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    options = parser.parse_args()
-    result = run(options)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        show(result)
-
-
-if __name__ == "__main__":
-    main()
+def draw(result: dict[str, Any]) -> str:
+    """The rates as a drawing: a bar for the median, a dot for every round."""
+    rows = [
+        Bar(f"sync {mode}", found["events_per_second"], [one["events_per_second"] for one in found["rounds"]])
+        for mode, found in result["sync"].items()
+    ]
+    rows.append(Bar(_FLOOR, result["floor_events_per_second"], []))
+    title = f"Events a second through StreamEvents, {result['machine']['processor']}"
+    return bars(title, rows, unit="million events/s", scale=1e-6)

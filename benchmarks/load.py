@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from profile_service.wire.scan import scan_batch
 
 SCHEMA = "marketplace"
 _KERNEL_BATCHES = 50
+_DRAWN_USERS = 100_000
+"""Shoppers that are drawn with tastes where the events are given to others anyway."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,21 @@ class Load:
         return {name: float(np.median(costs[half:])) for name, costs in samples.items()}
 
 
-def build_load(events: int, users: int, batch: int, seed: int) -> Load:
+def build_load(events: int, users: int, batch: int, seed: int, *, every_user: bool = False) -> Load:
     """`events` events by `users` shoppers over the bundled listings, `batch` to a batch; the newest is an hour old.
 
-    The same arguments give the same events.
+    The same arguments give the same events. With `every_user` each of the shoppers comes once in every `users` events,
+    in no order.
     """
     listings = bundled_listings()
     end_ns = time.time_ns() - 3600 * 10**9
+    drawn = generate_events(min(users, _DRAWN_USERS) if every_user else users, events, seed, listings)
+    if every_user:
+        rng = np.random.default_rng(seed)
+        turns = [rng.permutation(users) for _ in range(0, events, users)]
+        drawn = replace(drawn, shopper=np.concatenate(turns)[:events].astype(np.int32))
     bodies, waiting, held = [], b"", 0
-    for encoded in serialize_events(generate_events(users, events, seed, listings), listings, end_ns):
+    for encoded in serialize_events(drawn, listings, end_ns):
         start = 0
         while start < len(encoded):
             stop = min(start + batch - held, len(encoded))

@@ -1,18 +1,34 @@
-"""The processes under measurement: the service as users start it, a bare echo beside it, and the CPU time of each."""
+"""The processes under measurement: the service as users start it, a bare echo beside it, and the CPU time of each; and
+the disk that they write to."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import psutil
+
+from profile_service.errors import ProfileServiceError
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 120.0
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+
+
+class BenchmarkError(ProfileServiceError):
+    """The benchmark cannot run here, or what it measured is not what it should have been."""
 
 
 def describe_machine() -> dict[str, str]:
@@ -22,7 +38,7 @@ def describe_machine() -> dict[str, str]:
         if line.startswith("model name"):
             model = line.split(":", 1)[1].strip()
             break
-    packages = ("grpcio", "protobuf", "ray", "numpy", "numba", "uvloop")
+    packages = ("profile-service", "grpcio", "protobuf", "ray", "numpy", "numba", "uvloop")
     return {
         "processor": f"{os.cpu_count()} x {model}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
@@ -32,44 +48,154 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Disk:
+    """Where files go."""
+
+    file_system: str
+    device: str
+    mounted_at: str
+
+    @classmethod
+    def below(cls, directory: Path) -> Disk:
+        """The one that holds `directory`."""
+        path = directory.resolve()
+        mounts = {Path(mount.mountpoint): mount for mount in psutil.disk_partitions(all=True)}
+        for above in (path, *path.parents):
+            if above in mounts:
+                return cls(mounts[above].fstype, mounts[above].device, mounts[above].mountpoint)
+        return cls("unknown", "unknown", "/")
+
+    def __str__(self) -> str:
+        return f"{self.file_system} on {self.device}, mounted at {self.mounted_at}"
+
+
 @contextmanager
-def started(arguments: list[str]) -> Iterator[tuple[psutil.Process, str]]:
-    """Runs a command until its first line that begins with `ready:`; yields the process and the rest of that line.
+def data_directory(parent: Path | None, size_bytes: int) -> Iterator[Path]:
+    """A new directory below `parent`, or else below the current directory; it is removed at the end.
 
-    It is asked to stop by SIGTERM at the end, and must exit with status 0.
+    Raises:
+        BenchmarkError: fewer than `size_bytes` are free, or the current directory is in memory, where a sync is free.
     """
-    child = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    chosen = parent if parent is not None else Path.cwd()
+    chosen.mkdir(parents=True, exist_ok=True)
+    disk = Disk.below(chosen)
+    if parent is None and disk.file_system in IN_MEMORY:
+        raise BenchmarkError(f"{chosen} lies in memory ({disk}): name a directory on a disk with --data-dir")
+    free = psutil.disk_usage(str(chosen)).free
+    if free < size_bytes:
+        raise BenchmarkError(
+            f"{chosen} has {free / 1e9:.1f} GB left and this takes {size_bytes / 1e9:.1f} GB: "
+            "name another directory with --data-dir"
+        )
+    with tempfile.TemporaryDirectory(prefix="profile-service-bench-", dir=chosen) as name:
+        yield Path(name)
+
+
+class Child:
+    """A process that says `ready: …` when it can be used. What it prints is kept, and shown if it fails."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self._name = " ".join(arguments[2:4])
+        self._popen = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_environment(),
+            # Ctrl-C is ours: it ends the benchmark, and that ends the child.
+            start_new_session=True,
+        )
+        self.process = psutil.Process(self._popen.pid)
+        self._printed: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, name=f"output of {self._name}", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._popen.stdout is not None
+        with self._popen.stdout as lines:
+            for line in lines:
+                with self._changed:
+                    self._printed.append(line)
+                    self._changed.notify_all()
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far."""
+        with self._changed:
+            return "".join(self._printed)
+
+    def wait_for(self, pattern: str, timeout_s: float, after: int = 0) -> re.Match[str]:
+        """The first match in what was printed from character `after` on, once there is one.
+
+        Raises:
+            BenchmarkError: the process ended, or the time passed, without it.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while (found := re.compile(pattern, re.MULTILINE).search("".join(self._printed), after)) is None:
+                ended = self._popen.poll() is not None and not self._reader.is_alive()
+                if ended or time.monotonic() > deadline:
+                    why = f"ended with {self._popen.returncode}" if ended else f"took more than {timeout_s:g} s"
+                    tail = "".join(self._printed[-30:])
+                    raise BenchmarkError(f"{self._name} {why} without saying {pattern!r}; it printed:\n{tail}")
+                self._changed.wait(0.5)
+        return found
+
+    @property
+    def address(self) -> str:
+        """host:port of its gRPC, once it is ready."""
+        return self.wait_for(r"^ready: gRPC (\S+:\d+)", START_TIMEOUT_S)[1]
+
+    def stop(self) -> None:
+        """Asks it to end, and waits. Raises `BenchmarkError` unless it ends with status 0."""
+        if self._popen.poll() is None:
+            self._popen.send_signal(signal.SIGTERM)
+        try:
+            status = self._popen.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise BenchmarkError(f"{self._name} did not stop within {STOP_TIMEOUT_S:g} s") from None
+        if status:
+            raise BenchmarkError(f"{self._name} ended with exit status {status}; it printed:\n{self.output[-3000:]}")
+
+    def kill(self) -> None:
+        """Ends it and every process below it without grace."""
+        tree = [self.process]
+        with suppress(psutil.NoSuchProcess):
+            tree += self.process.children(recursive=True)
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(tree, timeout=STOP_TIMEOUT_S)
+        self._popen.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[Child]:
+    """Runs `python -m ARGUMENTS` until it is ready; it has to end well when asked to, at the end."""
+    child = Child([sys.executable, "-m", *arguments])
     try:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith("ready:"):
-                yield psutil.Process(child.pid), line.removeprefix("ready:").strip()
-                break
-        else:
-            raise RuntimeError(f"{' '.join(arguments)} ended without being ready, exit status {child.wait()}")
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        status = child.wait(timeout=60)
-    if status:
-        raise RuntimeError(f"{' '.join(arguments)} ended with exit status {status}")
+        _ = child.address
+        yield child
+    except BaseException:
+        child.kill()
+        raise
+    child.stop()
 
 
-def serve(schema: str, shards: int | None) -> list[str]:
+def serve(*flags: str) -> list[str]:
     """The command that starts the service on free ports."""
-    command = [
-        sys.executable,
-        "-m",
-        "profile_service",
-        "serve",
-        "--schema",
-        schema,
-        "--grpc-port",
-        "0",
-        "--http-port",
-        "0",
-    ]
-    return [*command, "--shards", str(shards)] if shards else command
+    return ["profile_service", "serve", "--schema", "marketplace", "--grpc-port", "0", "--http-port", "0", *flags]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but no setting of the service comes from it, and compiled code is kept."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PROFILE_SERVICE_", "RAY_"))}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return kept
 
 
 def cpu_seconds(root: psutil.Process) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from profile_service import __version__
+from profile_service.commands import bench
 from profile_service.commands.demo import demo
 from profile_service.commands.get import get
 from profile_service.commands.ingest import ingest
@@ -25,10 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench_app = typer.Typer(
+    help="Benchmarks: what this machine does. They start services of their own.", no_args_is_help=True
+)
 schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_help=True)
 
 for command in (serve, demo, ingest, get, status):
     app.command()(command)
+for benchmark in (bench.ingest,):
+    bench_app.command()(benchmark)
+app.add_typer(bench_app, name="bench")
 schema_app.command()(check)
 app.add_typer(schema_app, name="schema")
 

@@ -1,0 +1,179 @@
+"""Small drawings of figures as SVG: bars, stacked bars, and a curve over time with stretches marked.
+
+Everything is a few rectangles, lines and texts, so they are written as they are; a plotting library would take more
+than a second to import.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 720
+_LEFT, _RIGHT, _TOP, _BOTTOM = 150, 30, 44, 46
+_ROW = 30
+_PLOT_HEIGHT = 220
+COLORS = ("#4269d0", "#efb118", "#6cc5b0", "#ff725c", "#9c6b4e", "#a463f2")
+_GRID, _TEXT, _BOUND = "#dddddd", "#333333", "#c0392b"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar, and a dot for each of the figures that it stands for."""
+
+    label: str
+    value: float
+    dots: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A bar of pieces, one after the other."""
+
+    label: str
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A marked stretch of time."""
+
+    start: float
+    stop: float
+
+
+def bars(title: str, rows: Sequence[Bar], *, unit: str, scale: float = 1.0) -> str:
+    """A horizontal bar for each row."""
+    most = max(max([row.value, *row.dots]) for row in rows) * scale
+    axis = _Axis.fit(most, _LEFT, WIDTH - _RIGHT)
+    height = _TOP + _ROW * len(rows) + _BOTTOM
+    parts = [_title(title), *_vertical_grid(axis, height, unit)]
+    for number, row in enumerate(rows):
+        y = _TOP + _ROW * number
+        parts.append(_text(_LEFT - 8, y + 19, row.label, anchor="end"))
+        parts.append(_box(_LEFT, y + 5, axis.at(row.value * scale) - _LEFT, _ROW - 10, COLORS[0]))
+        parts += [
+            f'<circle cx="{axis.at(dot * scale):.1f}" cy="{y + _ROW / 2:.1f}" r="3" fill="{COLORS[1]}"/>'
+            for dot in row.dots
+        ]
+    return _svg(height, parts)
+
+
+def stacks(title: str, pieces: Sequence[str], rows: Sequence[Stack], *, unit: str, bound: float) -> str:
+    """A horizontal bar of pieces for each row, and a line at `bound`, which none should reach."""
+    axis = _Axis.fit(max([bound, *(sum(row.values) for row in rows)]), _LEFT, WIDTH - _RIGHT)
+    height = _TOP + 24 + _ROW * len(rows) + _BOTTOM
+    parts = [_title(title), *_vertical_grid(axis, height, unit)]
+    x = float(_LEFT)
+    for number, piece in enumerate(pieces):
+        parts += [_box(x, _TOP, 10, 10, COLORS[number % len(COLORS)]), _text(x + 14, _TOP + 9, piece)]
+        x += 14 + 6.2 * len(piece) + 14
+    for number, row in enumerate(rows):
+        y = _TOP + 24 + _ROW * number
+        parts.append(_text(_LEFT - 8, y + 19, row.label, anchor="end"))
+        done = 0.0
+        for color, value in enumerate(row.values):
+            start, stop = axis.at(done), axis.at(done + value)
+            parts.append(_box(start, y + 5, stop - start, _ROW - 10, COLORS[color % len(COLORS)]))
+            done += value
+    parts.append(_line(axis.at(bound), _TOP + 20, axis.at(bound), height - _BOTTOM, _BOUND))
+    parts.append(_text(axis.at(bound) - 4, height - _BOTTOM - 4, "bound", anchor="end", color=_BOUND))
+    return _svg(height, parts)
+
+
+def curves(
+    title: str,
+    at: Sequence[float],
+    series: dict[str, Sequence[float]],
+    *,
+    unit: str,
+    spans: Sequence[Span],
+    spans_are: str,
+) -> str:
+    """Curves over seconds. Stretches `spans`, explained by `spans_are`, are marked behind them."""
+    height = _TOP + 20 + _PLOT_HEIGHT + _BOTTOM
+    across = _Axis(at[0], at[-1], 64, WIDTH - _RIGHT)
+    most = max(max(values) for values in series.values())
+    up = _Axis.fit(most, height - _BOTTOM, _TOP + 20)
+    parts = [_title(title)]
+    for span in spans:
+        start, stop = across.at(max(span.start, at[0])), across.at(min(span.stop, at[-1]))
+        parts.append(_box(start, _TOP + 20, stop - start, _PLOT_HEIGHT, "#efe6d2"))
+    for tick in up.ticks():
+        parts.append(_line(64, up.at(tick), WIDTH - _RIGHT, up.at(tick), _GRID))
+        parts.append(_text(58, up.at(tick) + 4, f"{tick:g}", anchor="end"))
+    parts += [_text(across.at(tick), height - _BOTTOM + 16, f"{tick:g}", anchor="middle") for tick in across.ticks()]
+    parts.append(_text((64 + WIDTH - _RIGHT) / 2, height - 8, "seconds", anchor="middle"))
+    parts.append(_text(8, _TOP + 9, unit))
+    x = 64.0
+    for number, (name, values) in enumerate(series.items()):
+        points = " ".join(f"{across.at(t):.1f},{up.at(value):.1f}" for t, value in zip(at, values, strict=True))
+        color = COLORS[number % len(COLORS)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.4"/>')
+        parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
+        x += 14 + 6.2 * len(name) + 14
+    parts += [_box(x, _TOP, 10, 10, "#efe6d2"), _text(x + 14, _TOP + 9, spans_are)]
+    return _svg(height, parts)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Values from `low` to `high` between two places on the drawing."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    @classmethod
+    def fit(cls, most: float, start: float, stop: float) -> _Axis:
+        """From 0 to a little more than `most`."""
+        return cls(0.0, most * 1.05 if most > 0 else 1.0, start, stop)
+
+    def at(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round values, five or so."""
+        rough = (self.high - self.low) / 5
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+        first = math.ceil(self.low / step)
+        return [number * step for number in range(first, math.floor(self.high / step) + 1)]
+
+
+def _vertical_grid(axis: _Axis, height: float, unit: str) -> list[str]:
+    parts = []
+    for tick in axis.ticks():
+        parts.append(_line(axis.at(tick), _TOP, axis.at(tick), height - _BOTTOM, _GRID))
+        parts.append(_text(axis.at(tick), height - _BOTTOM + 16, f"{tick:g}", anchor="middle"))
+    parts.append(_text((axis.start + axis.stop) / 2, height - 8, unit, anchor="middle"))
+    return parts
+
+
+def _title(text: str) -> str:
+    return _text(8, 22, text, size=14)
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, color: str = _TEXT) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{color}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
+
+
+def _box(x: float, y: float, width: float, height: float, color: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0.5):.1f}" height="{height:.1f}" fill="{color}"/>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, color: str) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{color}"/>'
+
+
+def _svg(height: float, parts: list[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" width="{WIDTH}" '
+        f'height="{height:.0f}" font-family="system-ui, sans-serif">'
+    )
+    return "\n".join([head, _box(0, 0, WIDTH, height, "#ffffff"), *parts, "</svg>", ""])

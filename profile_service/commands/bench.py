@@ -1,0 +1,91 @@
+"""`bench`: the benchmarks of the package `benchmarks`, beside this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from profile_service.commands.options import Json, flag
+from profile_service.config import SyncMode
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+DataDir = Annotated[
+    Path | None,
+    flag("--data-dir", "Directory on the disk to measure; what is made in it is removed. Default: the current one."),
+]
+Seed = Annotated[int | None, flag("--seed", "Seed of the load; the same one gives the same events.")]
+Plot = Annotated[Path | None, flag("--plot", "Also draws the figures into this SVG file.", metavar="FILE")]
+Rounds = Annotated[int, flag("--rounds", "How often everything is measured, in turns.", min=1)]
+
+
+def sync_mode(text: str) -> str:
+    """The name of a sync mode, if it is one."""
+    if text not in get_args(SyncMode):
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(get_args(SyncMode))}")
+    return text
+
+
+def ingest(
+    events: Annotated[int, flag("--events", "Events a round.", min=1)] = 1_000_000,
+    users: Annotated[int, flag("--users", "Users whom they are by.", min=1)] = 100_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1)] = 4_000,
+    producers: Annotated[int, flag("--producers", "Streams at once.", min=1)] = 2,
+    window: Annotated[int, flag("--window", "Unacknowledged batches a stream.", min=1)] = 8,
+    rounds: Rounds = 5,
+    sync: Annotated[
+        list[str],
+        flag(
+            "--sync",
+            "Sync mode of the service; several are compared, round by round.",
+            parser=sync_mode,
+            metavar="|".join(get_args(SyncMode)),
+        ),
+    ] = ["always", "never"],  # noqa: B006  typer copies it
+    shards: Annotated[int | None, flag("--shards", "Shards, as for serve.", min=1, max=256)] = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how many events a second go in durably, what each costs, and what durability costs.
+
+    Example:  profile-service bench ingest --sync always --sync never --json
+    """
+    from benchmarks import ingest as benchmark
+
+    options = benchmark.Options(
+        events=events,
+        users=users,
+        batch=batch,
+        producers=producers,
+        window=window,
+        rounds=rounds,
+        sync=tuple(dict.fromkeys(sync)),
+        shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
+def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) -> None:
+    """Measures, draws where told, and prints the figures."""
+    from profile_service.commands.terminal import stderr, stdout
+
+    result = benchmark.run(options, stderr())
+    if plot is not None:
+        plot.write_text(benchmark.draw(result), encoding="utf-8")
+    if as_json:
+        import json
+
+        print(json.dumps(result))
+        return
+    out = stdout()
+    for name, value in result["machine"].items():
+        out.print(f"{name}: {value}")
+    out.print(f"disk: {result['disk']}")
+    benchmark.show(result, out)

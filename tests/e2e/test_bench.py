@@ -1,0 +1,40 @@
+"""The benchmarks at tiny sizes: they run to their end, check their totals, and say what was promised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.serving import run
+
+
+def bench(name: str, tmp_path: Path, *flags: str) -> dict[str, Any]:
+    """The JSON of a benchmark, which has also drawn itself and has cleaned up behind itself."""
+    disk, plot = tmp_path / "disk", tmp_path / "plot.svg"
+    done = run("bench", name, "--data-dir", str(disk), "--plot", str(plot), "--seed", "7", "--json", *flags)
+    assert done.returncode == 0, done.stderr
+    assert list(disk.iterdir()) == []
+    drawn = plot.read_text()
+    assert drawn.startswith("<svg ")
+    assert drawn.endswith("</svg>\n")
+    assert "nan" not in drawn
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert result["benchmark"] == name
+    assert result["verified"] is True
+    assert {"processor", "memory", "kernel", "python", "ray", "grpcio"} <= set(result["machine"])
+    assert " on " in result["disk"]
+    return result
+
+
+def test_ingest_compares_sync_modes_in_turns(tmp_path: Path) -> None:
+    result = bench("ingest", tmp_path, "--events", "4000", "--users", "100", "--batch", "500", "--rounds", "2")
+    assert result["counted_events"] == {"always": 12_000, "never": 12_000}
+    assert list(result["sync"]) == ["always", "never"]
+    for figures in (result, *result["sync"].values()):
+        assert figures["events_per_second"] > 0
+        assert figures["server_cpu_us_per_event"] > 0
+    assert result["events_per_second"] == result["sync"]["always"]["events_per_second"]
+    assert all(len(found["rounds"]) == 2 for found in result["sync"].values())
+    assert result["durability"]["rate_ratio"] > 0
+    assert result["floor_events_per_second"] > 0
