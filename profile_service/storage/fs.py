@@ -21,14 +21,17 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from profile_service.errors import StartupError
 
 Buffer = bytes | bytearray | memoryview  # memoryviews are of bytes: format "B", one dimension, contiguous
+
+_T = TypeVar("_T")
 
 # pwritev takes at most so many buffers (IOV_MAX of Linux).
 _MAX_BUFFERS = 1024
@@ -59,6 +62,16 @@ class LockHeld(StartupError):
         )
         self.path = path
         self.holder = holder
+
+
+class Runner(Protocol):
+    """Runs blocking work beside the event loop: one piece after the other, in the order of the calls (one thread).
+
+    A simulation runs it inline.
+    """
+
+    def __call__(self, work: Callable[[], _T], /) -> Awaitable[_T]:
+        """Starts the work, at the latest when the result is awaited."""
 
 
 class File(Protocol):
@@ -218,6 +231,8 @@ class RealFileSystem:
 
     def free_bytes(self, path: Path) -> int:
         found = os.statvfs(path)
+        if not found.f_blocks:  # a tmpfs without a limit
+            return sys.maxsize
         return found.f_bavail * found.f_frsize
 
 
@@ -234,9 +249,7 @@ class _RealFile:
             for first in range(0, len(buffers), _MAX_BUFFERS):
                 offset = self._write_some(offset, buffers[first : first + _MAX_BUFFERS])
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise DiskFull(error.errno, os.strerror(error.errno)) from error
-            raise
+            raise _named(error) from error
 
     def _write_some(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Writes at most `_MAX_BUFFERS` buffers; returns where they end."""
@@ -275,7 +288,10 @@ class _RealFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def sync(self) -> None:
-        os.fdatasync(self._descriptor)
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise _named(error) from error
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -304,6 +320,12 @@ class _RealLock:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _named(error: OSError) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(error.errno, os.strerror(error.errno))
+    return error
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
