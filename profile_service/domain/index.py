@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from profile_service.domain.hashing import xxh64
 from profile_service.domain.kernel import copy_bytes, leaf_kernel, load_u64, to_i64
 from profile_service.domain.memory import reserve
 
@@ -181,6 +182,83 @@ def _rehash(old: NDArray[np.uint64], entries: NDArray[np.uint64], slots: NDArray
             slots[at] = old[i]
 
 
+@leaf_kernel
+def _copy_out(
+    entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
+    first: int,
+    last: int,
+    lengths: NDArray[np.int32],
+    target: NDArray[np.uint8],
+) -> tuple[int, int]:
+    """Copies the strings with numbers from `first` on, up to `last` or to where `target` is full; -1 is the length of a
+    number that is not in use. Returns the number to go on with and the bytes copied."""
+    size = 0
+    for number in range(first, last):
+        extent = to_i64(entries[number, 1])
+        length = extent & MOST_BYTES
+        if size + length > len(target):
+            return number, size
+        if entries[number, 0] == np.uint64(0) and extent == 0:
+            lengths[number - first] = -1
+            continue
+        copy_bytes(target, size, arena, extent >> _LENGTH_BITS, length)
+        lengths[number - first] = length
+        size += length
+    return last, size
+
+
+@leaf_kernel
+def _hash_all(
+    buffer: NDArray[np.uint8],
+    lengths: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+) -> int:
+    """Offsets and hashes of strings that stand one behind the other; returns the end of the last one."""
+    at = 0
+    for i in range(len(lengths)):
+        length = max(0, to_i64(lengths[i]))
+        offsets[i] = at
+        keys[i] = xxh64(buffer, at, length, 0)
+        at += length
+    return at
+
+
+@leaf_kernel
+def _place_numbered(
+    slots: NDArray[np.uint64],
+    entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
+    state: NDArray[np.int64],
+    next_free: NDArray[np.int64],
+    buffer: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    keys: NDArray[np.uint64],
+    first: int,
+) -> None:
+    """Gives the strings the numbers from `first` on; those of negative length stay free."""
+    mask = np.uint64(len(slots) - 1)
+    for i in range(len(lengths)):
+        size = to_i64(lengths[i])
+        number = first + i
+        if size < 0:
+            next_free[number] = state[_FREE_HEAD]
+            state[_FREE_HEAD] = number
+            continue
+        place = state[_ARENA_END]
+        copy_bytes(arena, place, buffer, offsets[i], size)
+        state[_ARENA_END] = place + size
+        entries[number, 0] = keys[i]
+        entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
+        at = keys[i] & mask
+        while slots[at] != np.uint64(0):
+            at = (at + np.uint64(1)) & mask
+        slots[at] = ((keys[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
+        state[_COUNT] += 1
+
+
 class ByteIndex:
     """Gives every byte string a dense number from 0 on, and takes it back when the string is removed.
 
@@ -318,6 +396,64 @@ class ByteIndex:
         """Every number in use, ascending."""
         used = self._slots[self._slots != 0] & np.uint64(0xFFFFFFFF)
         return np.sort(used.astype(np.int64) - 1)
+
+    def copy_strings(
+        self, first: int, last: int, lengths: NDArray[np.int32], target: NDArray[np.uint8]
+    ) -> tuple[int, int]:
+        """Copies the strings with numbers from `first` up to `last` into `target`, one behind the other, as far as it
+        reaches; `lengths` gets theirs, -1 for a number not in use.
+
+        Returns the number to go on with, and the bytes copied.
+        """
+        following, size = _copy_out(self._entries, self._arena, first, last, lengths, target)
+        return int(following), int(size)
+
+    def load_numbered(self, first: int, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]) -> None:
+        """Gives strings that `copy_strings` copied, of an index that held each once, their numbers from `first` on.
+
+        Raises:
+            ValueError: they do not fit, do not go on where the ones before ended, or are not what the lengths say.
+        """
+        if first != self.high_water or first + len(lengths) > self.capacity:
+            raise ValueError(f"strings {first} to {first + len(lengths)} do not follow the {self.high_water} before")
+        offsets, keys = self._hash(lengths, buffer)
+        if not self.make_room(len(lengths), len(buffer)):
+            raise ValueError(f"{len(lengths)} strings of {len(buffer)} bytes do not fit")
+        _place_numbered(
+            self._slots,
+            self._entries,
+            self._arena,
+            self._state,
+            self._next_free,
+            buffer,
+            offsets,
+            lengths,
+            keys,
+            first,
+        )
+        self.high_water = first + len(lengths)
+
+    def load(self, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Numbers of strings that stand one behind the other in `buffer`, new ones inserted.
+
+        Raises:
+            ValueError: they do not fit, or are not what the lengths say.
+        """
+        offsets, keys = self._hash(lengths, buffer)
+        if not self.make_room(len(lengths), len(buffer)):
+            raise ValueError(f"{len(lengths)} strings of {len(buffer)} bytes do not fit")
+        numbers = np.empty(len(lengths), dtype=np.int64)
+        self.find(buffer, offsets, lengths, keys, numbers, insert=True)
+        return numbers
+
+    def _hash(
+        self, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        if np.maximum(lengths, 0).sum(dtype=np.int64) != len(buffer) or (lengths > MOST_BYTES).any():
+            raise ValueError(f"the lengths do not add up to {len(buffer)} bytes")
+        offsets, keys = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.uint64)
+        _hash_all(buffer, lengths, offsets, keys)
+        return offsets, keys
 
     def _compact(self) -> None:
         """Closes the gaps that removed strings left in the arena."""

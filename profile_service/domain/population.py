@@ -36,6 +36,23 @@ class PopulationRow:
         for feature in self._layout.features:
             feature.update(self._views, whole)
 
+    def copy(self) -> bytes:
+        """The row's bytes, for `load`."""
+        return b"".join(view.tobytes() for view in self._views)
+
+    def load(self, copied: bytes | memoryview) -> None:
+        """Takes the row that was copied.
+
+        Raises:
+            ValueError: it is not of this schema.
+        """
+        if len(copied) != sum(view.nbytes for view in self._views):
+            raise ValueError(f"{len(copied)} bytes are not a population of this schema")
+        at = 0
+        for view in self._views:
+            view[:] = np.frombuffer(copied, view.dtype, view.size, at).reshape(view.shape)
+            at += view.nbytes
+
     def to_state(self, texts: ByteIndex) -> bytes:
         """An encoded PopulationState; `texts` is what the row's interned ids stand for."""
         u4 = self._views.u4.copy()

@@ -78,6 +78,18 @@ class ProfileTable:
             feature.update(self._views, batch)
         self.population.add(batch, received_ns)
 
+    def apply_newer(self, columns: EventColumns, position: int, received_ns: int, stamps: NDArray[np.int64]) -> None:
+        """As `apply` for all of `columns`, which stood in the log at `position`; but a row whose entry in `stamps` is
+        above that holds them already, and only the population does not."""
+        batch = self._resolve(columns, slice(0, columns.count))
+        self.population.add(batch, received_ns)
+        lacking = np.flatnonzero(stamps[batch.rows] <= position)
+        if len(lacking):
+            newer = _subset(batch, lacking)
+            update_header(self._views.i8, newer.rows, newer.time_ns, received_ns)
+            for feature in self.layout.features:
+                feature.update(self._views, newer)
+
     def _resolve(self, columns: EventColumns, run: slice) -> Batch:
         count = run.stop - run.start
         rows = np.empty(count, dtype=np.int64)
@@ -168,6 +180,40 @@ class ProfileTable:
             feature.merge(self._views, row, self._views, source)
         self.remove(source_user_id)
 
+    def copy_rows(
+        self, first: int, last: int, lengths: NDArray[np.int32], ids: NDArray[np.uint8], rows: NDArray[np.uint8]
+    ) -> tuple[int, int, int]:
+        """Copies the rows in use from `first` up to `last`, with their users' ids, as far as the targets reach.
+
+        Returns the row to go on with, how many rows were copied, and the bytes of their ids.
+        """
+        last = min(last, self.users.high_water, first + len(lengths), first + len(rows))
+        following, id_bytes = self.users.copy_strings(first, last, lengths, ids)
+        chosen = np.flatnonzero(lengths[: following - first] >= 0)
+        count = len(chosen)
+        if count == following - first:
+            rows[:count] = self._rows[first:following]
+        else:
+            np.take(self._rows[first:following], chosen, axis=0, out=rows[:count])
+            lengths[:count] = lengths[chosen]
+        return following, count, id_bytes
+
+    def load_rows(
+        self, lengths: NDArray[np.int32], ids: NDArray[np.uint8], rows: NDArray[np.uint8]
+    ) -> NDArray[np.int64]:
+        """Takes rows that `copy_rows` copied, in place of those that their users have; returns their places.
+
+        Raises:
+            ValueError: there is no room, or the lengths and rows do not fit.
+        """
+        fresh = self.users.high_water
+        numbers = self.users.load(lengths, ids)
+        if len(numbers) and numbers[0] == fresh and self.users.high_water == fresh + len(numbers):
+            self._rows[fresh : fresh + len(numbers)] = rows
+        else:
+            self._rows[numbers] = rows
+        return numbers
+
     def remove(self, user_id: str) -> bool:
         """Forgets the user; False for a user never seen."""
         row = self.users.remove(user_id.encode())
@@ -185,6 +231,21 @@ class ProfileTable:
         received = self._views.i8[first:last, LAST_RECEIVED]
         rows = np.flatnonzero((counts > 0) & (received < now_ns - int(ttl_s * 1e9))) + first
         return [self.users.bytes_of(row) for row in rows.tolist()]
+
+
+def _subset(batch: Batch, chosen: NDArray[np.int64]) -> Batch:
+    return Batch(
+        rows=batch.rows[chosen],
+        types=batch.types[chosen],
+        time_ns=batch.time_ns[chosen],
+        grids=[grid[chosen] for grid in batch.grids],
+        mantissas=[mantissa[chosen] for mantissa in batch.mantissas],
+        text_ids=batch.text_ids[:, chosen],
+        text_present=batch.text_present[:, chosen],
+        text_hash=batch.text_hash[:, chosen],
+        number=batch.number[:, chosen],
+        codes={name: codes[chosen] for name, codes in batch.codes.items()},
+    )
 
 
 def _vocabulary_index(feature: Feature) -> ByteIndex:

@@ -1,16 +1,20 @@
 """What makes a batch, a request and an event count once.
 
     producer batches   the last sequence of each producer, by partition: a batch applied in part is completed, never
-    repeated request ids        the partitions that a request has reached, by request id event ids          a bounded
-    window of 64-bit keys, the oldest out first
+                       repeated
+    request ids        the partitions that a request has reached, by request id
+    event ids          a bounded window of 64-bit keys, the oldest out first
 
 All three are bounded in number and in time; time is the arrival time that the log holds, so that a replay decides
-alike.
+alike. Each has two ways in: `admit` decides about what arrives, `note` learns from the log what was decided. Noting is
+idempotent, so a snapshot may hold more of it than the log had when the snapshot began. So each is copied piece by
+piece while it changes: what changes meanwhile is in the log.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,21 +31,44 @@ MOST_REQUESTS = 1_000_000
 
 
 @dataclass
-class _Producer:
+class Producer:
+    """What is held of a producer."""
+
+    producer_id: str
+    number: int
+    """Its place among those that are copied for a snapshot."""
     last: NDArray[np.int64]
     """(partitions,) the last sequence applied."""
     acknowledged: int
     used_ns: int
 
 
+@dataclass
+class Request:
+    """What is held of a request."""
+
+    request_id: str
+    reached: int
+    """The partitions that it has reached, a bit each."""
+    used_ns: int
+
+
 class ProducerSequences:
-    """Which batches each producer has had applied, by partition."""
+    """Which batches each producer has had applied, by partition, and which requests."""
 
     def __init__(self, partitions: int, window_ns: int) -> None:
-        self._partitions = partitions
+        self.partitions = partitions
         self._window_ns = window_ns
-        self._producers: OrderedDict[str, _Producer] = OrderedDict()
-        self._requests: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._producers: OrderedDict[str, Producer] = OrderedDict()
+        """The longest idle first."""
+        self._places: list[Producer | None] = []
+        """The same by number."""
+        self._free_places: list[int] = []
+        self._requests: dict[str, Request] = {}
+        self._ring: list[Request | None] = []
+        """The same in the order of their coming; number n stands at n modulo MOST_REQUESTS."""
+        self._first_request = 0
+        self._next_request = 0
 
     def __len__(self) -> int:
         return len(self._producers)
@@ -56,15 +83,9 @@ class ProducerSequences:
     ) -> NDArray[np.bool_] | None:
         """Which events of a part are not applied yet, and notes that they now are; None for all of them."""
         if producer_id.startswith(REQUEST_PREFIX):
-            return self._admit_request(producer_id, partitions, now_ns)
-        self._forget_idle(now_ns)
-        producer = self._producers.get(producer_id)
-        if producer is None:
-            producer = _Producer(np.zeros(self._partitions, dtype=np.int64), 0, now_ns)
-            self._producers[producer_id] = producer
-        self._producers.move_to_end(producer_id)
-        producer.used_ns = max(producer.used_ns, now_ns)
-        producer.acknowledged = max(producer.acknowledged, acknowledged)
+            repeated = self._reach(producer_id, partitions, now_ns)
+            return ~np.isin(partitions, repeated) if repeated else None
+        producer = self._use(producer_id, acknowledged, now_ns)
         fresh: NDArray[np.bool_] = producer.last[partitions] < sequence
         if fresh.all():
             producer.last[partitions] = sequence
@@ -72,25 +93,131 @@ class ProducerSequences:
         producer.last[partitions[fresh]] = sequence
         return fresh
 
-    def _admit_request(self, request_id: str, partitions: NDArray[np.int64], now_ns: int) -> NDArray[np.bool_] | None:
-        reached, _ = self._requests.get(request_id, (0, 0))
-        touched = np.flatnonzero(np.bincount(partitions, minlength=self._partitions)).tolist()
-        repeated = [partition for partition in touched if reached >> partition & 1]
-        for partition in touched:
-            reached |= 1 << partition
-        self._requests[request_id] = (reached, now_ns)
-        self._requests.move_to_end(request_id)
-        while len(self._requests) > MOST_REQUESTS:
-            self._requests.popitem(last=False)
-        return ~np.isin(partitions, repeated) if repeated else None
+    def note(
+        self, producer_id: str, sequence: int, acknowledged: int, partitions: NDArray[np.int64], now_ns: int
+    ) -> None:
+        """Learns that a part was applied in these partitions; to learn it again changes nothing."""
+        if producer_id.startswith(REQUEST_PREFIX):
+            self._reach(producer_id, partitions, now_ns)
+        else:
+            last = self._use(producer_id, acknowledged, now_ns).last
+            last[partitions] = np.maximum(last[partitions], sequence)
+
+    def _use(self, producer_id: str, acknowledged: int, now_ns: int) -> Producer:
+        self._forget_idle(now_ns)
+        producer = self._producers.get(producer_id)
+        if producer is None:
+            producer = self._add(producer_id, np.zeros(self.partitions, dtype=np.int64), 0, now_ns)
+        self._producers.move_to_end(producer_id)
+        producer.used_ns = max(producer.used_ns, now_ns)
+        producer.acknowledged = max(producer.acknowledged, acknowledged)
+        return producer
+
+    def _add(self, producer_id: str, last: NDArray[np.int64], acknowledged: int, used_ns: int) -> Producer:
+        if not self._free_places:
+            self._free_places.append(len(self._places))
+            self._places.append(None)
+        number = self._free_places.pop()
+        producer = Producer(producer_id, number, last, acknowledged, used_ns)
+        self._producers[producer_id] = self._places[number] = producer
+        return producer
 
     def _forget_idle(self, now_ns: int) -> None:
         while self._producers:
-            oldest = next(iter(self._producers))
-            idle = self._producers[oldest].used_ns < now_ns - self._window_ns
+            oldest = next(iter(self._producers.values()))
+            idle = oldest.used_ns < now_ns - self._window_ns
             if not idle and len(self._producers) < MOST_PRODUCERS:
                 return
-            del self._producers[oldest]
+            del self._producers[oldest.producer_id]
+            self._places[oldest.number] = None
+            self._free_places.append(oldest.number)
+
+    def _reach(self, request_id: str, partitions: NDArray[np.int64], now_ns: int) -> list[int]:
+        """Notes that the request has reached the partitions; returns those that it had reached before."""
+        request = self._requests.get(request_id)
+        if request is None:
+            self._forget_requests(now_ns)
+            request = self._add_request(request_id, 0, now_ns)
+        touched = np.flatnonzero(np.bincount(partitions, minlength=self.partitions)).tolist()
+        repeated = [partition for partition in touched if request.reached >> partition & 1]
+        for partition in touched:
+            request.reached |= 1 << partition
+        request.used_ns = max(request.used_ns, now_ns)
+        return repeated
+
+    def _add_request(self, request_id: str, reached: int, used_ns: int) -> Request:
+        request = Request(request_id, reached, used_ns)
+        self._requests[request_id] = request
+        if self._next_request < MOST_REQUESTS:
+            self._ring.append(request)
+        else:
+            self._ring[self._next_request % MOST_REQUESTS] = request
+        self._next_request += 1
+        return request
+
+    def _forget_requests(self, now_ns: int) -> None:
+        """A request is repeated soon or never: they go in the order of their coming."""
+        while self._requests:
+            place = self._first_request % MOST_REQUESTS
+            oldest = self._ring[place]
+            assert oldest is not None
+            if oldest.used_ns >= now_ns - self._window_ns and len(self._requests) < MOST_REQUESTS:
+                return
+            del self._requests[oldest.request_id]
+            self._ring[place] = None
+            self._first_request += 1
+
+    @property
+    def places(self) -> int:
+        """Producers have numbers below this one."""
+        return len(self._places)
+
+    def producers(self, first: int, last: int) -> list[Producer]:
+        """The producers with numbers from `first` up to `last`."""
+        return [producer for producer in self._places[first:last] if producer is not None]
+
+    @property
+    def requests_held(self) -> tuple[int, int]:
+        """The numbers of the requests: the first one's, and the next one's."""
+        return self._first_request, self._next_request
+
+    def requests(self, first: int, last: int) -> list[Request]:
+        """The requests with numbers from `first` up to `last` that are still held."""
+        numbers = range(max(first, self._first_request), last)
+        return [request for n in numbers if (request := self._ring[n % MOST_REQUESTS]) is not None]
+
+    def load_producers(self, producers: Sequence[tuple[str, NDArray[np.int64], int, int]]) -> None:
+        """Takes (id, last sequences, acknowledged, used ns) of producers that were copied; one may come twice."""
+        for producer_id, last, acknowledged, used_ns in producers:
+            held = self._producers.get(producer_id)
+            if held is None:
+                self._add(producer_id, last.copy(), acknowledged, used_ns)
+            else:
+                np.maximum(held.last, last, out=held.last)
+                held.acknowledged = max(held.acknowledged, acknowledged)
+                held.used_ns = max(held.used_ns, used_ns)
+
+    def load_requests(self, requests: Sequence[tuple[str, int, int]]) -> None:
+        """Takes (id, partitions reached, used ns) of requests that were copied, in their order."""
+        for request_id, reached, used_ns in requests:
+            if request_id not in self._requests and len(self._requests) < MOST_REQUESTS:
+                self._add_request(request_id, reached, used_ns)
+
+    def finish_load(self) -> None:
+        """Puts the producers that were loaded in the order in which they are forgotten."""
+        for producer in sorted(self._producers.values(), key=lambda producer: producer.used_ns):
+            self._producers.move_to_end(producer.producer_id)
+
+    def check_invariants(self) -> None:
+        """Both ways of finding a producer, and a request, agree; for tests."""
+        assert len(self._producers) <= MOST_PRODUCERS
+        assert [p for p in self._places if p is not None] == sorted(self._producers.values(), key=lambda p: p.number)
+        assert all(p.last.shape == (self.partitions,) for p in self._producers.values())
+        assert len(self._places) == len(self._producers) + len(self._free_places)
+        assert len(self._requests) <= MOST_REQUESTS
+        held = self.requests(*self.requests_held)
+        assert [r.request_id for r in held] == list(self._requests)
+        assert len(held) == self._next_request - self._first_request
 
 
 _HEAD, _TAIL = range(2)
@@ -121,6 +248,29 @@ def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
             slots[hole] = held
             hole = probe
     slots[hole] = np.uint64(0)
+
+
+@leaf_kernel
+def _load(
+    slots: NDArray[np.uint64],
+    ring: NDArray[np.uint64],
+    times: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    keys_times: NDArray[np.int64],
+) -> None:
+    capacity = len(ring)
+    for i in range(len(keys)):
+        key = keys[i]
+        if key == np.uint64(0) or slots[_place(slots, key)] == key:
+            continue
+        if ends[_TAIL] - ends[_HEAD] == capacity:
+            _drop(slots, ring[ends[_HEAD] % capacity])
+            ends[_HEAD] += 1
+        slots[_place(slots, key)] = key
+        ring[ends[_TAIL] % capacity] = key
+        times[ends[_TAIL] % capacity] = keys_times[i]
+        ends[_TAIL] += 1
 
 
 @leaf_kernel
@@ -187,3 +337,29 @@ class EventIdWindow:
             self._slots, self._ring, self._times, self._ends, keys, now_ns, now_ns - self._window_ns, fresh
         )
         return fresh if repeated else None
+
+    def note(self, keys: NDArray[np.uint64], now_ns: int) -> None:
+        """Learns that events with these keys were counted; to learn it again changes nothing."""
+        self.admit(keys, now_ns)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The numbers of the keys in the order of their coming: the oldest one's, and the next one's."""
+        return int(self._ends[_HEAD]), int(self._ends[_TAIL])
+
+    def copy(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """The keys with numbers from `first` up to `last` that are still held, and when each one came."""
+        places = np.arange(max(first, self.held[0]), last) % len(self._ring)
+        return self._ring[places], self._times[places]
+
+    def load(self, keys: NDArray[np.uint64], times: NDArray[np.int64]) -> None:
+        """Takes keys that were copied, in their order; beyond the capacity the oldest go."""
+        _load(self._slots, self._ring, self._times, self._ends, keys, times)
+
+    def check_invariants(self) -> None:
+        """What is in the ring is found, and nothing else is there; for tests."""
+        first, last = self.held
+        assert 0 <= last - first <= len(self._ring)
+        keys = self._ring[np.arange(first, last) % len(self._ring)]
+        assert np.array_equal(np.sort(keys), np.sort(self._slots[self._slots != 0]))
+        assert all(self._slots[_place(self._slots, key)] == key for key in keys)

@@ -1,0 +1,184 @@
+"""What a shard holds: profiles and what makes events count once. A function of the log alone.
+
+    live      admit ─▶ (log) ─▶ apply          forget
+    replay    note, replay                     forget with the record's position
+
+A snapshot is fuzzy: it begins at the log position S0, from which a recovery replays, and each block of rows is a little
+younger, as its stamp says. So a replayed record at position p belongs to
+
+    the population and the counters     always: they were copied at S0
+    what counts once                    always: to note something again changes nothing
+    a row that a snapshot brought       if p is not below the stamp of its block: else the row holds it already
+    any other row                       always: what the snapshot does not hold began, or ended, after S0
+
+A user in two blocks was removed and came again between the two copies: the later one is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.config import Capacity
+from profile_service.domain.columns import EventColumns
+from profile_service.domain.decay import NS
+from profile_service.domain.memory import reserve
+from profile_service.domain.schema import Schema
+from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
+from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
+from profile_service.shard.state_blocks import StateCopy, load_state
+from profile_service.storage.snapshot import Block
+
+
+class ShardState:
+    """The profiles of some partitions' users, and what makes their events count once.
+
+    Args:
+        partitions: of the whole service; a power of two.
+        capacity: bounds of what makes events count once.
+        most_users: rows that the table can have.
+        most_texts: different texts that the rows can refer to.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        partitions: int,
+        capacity: Capacity,
+        most_users: int = MOST_USERS,
+        most_texts: int = MOST_TEXTS,
+    ) -> None:
+        assert partitions & (partitions - 1) == 0
+        self.schema = schema
+        self.table = ProfileTable(schema, most_users=most_users, most_texts=most_texts)
+        self.producers = ProducerSequences(partitions, int(capacity.producer_window_s * NS))
+        self.event_ids = EventIdWindow(capacity.event_ids_per_shard, int(capacity.event_id_window_s * NS))
+        self.event_count = 0
+        """Events counted, since the shard's beginning."""
+        self.duplicate_count = 0
+        """Events left out because they were counted before; what came after the last snapshot is not known to a
+        recovery."""
+        self.newest_stamp = 0
+        """The log position that the loaded snapshot needs: a log that ends before it has lost its end."""
+        self._stamps: NDArray[np.int64] | None = None
+        """By row: the stamp of the block that brought it; None once nothing is left to tell apart."""
+        self._partition_shift = np.uint64(64 - (partitions.bit_length() - 1))
+
+    @classmethod
+    def load(cls, blocks: Iterable[Block], new_state: Callable[[Schema], ShardState]) -> ShardState:
+        """The state that a snapshot holds, in an empty one that `new_state` makes of the snapshot's schema. Then the
+        log is replayed from the snapshot's position, and `finish_replay` called.
+
+        Raises:
+            DataLoss: the blocks are not those of a snapshot, or not all of them.
+            SchemaError: this version cannot read the snapshot's schema.
+        """
+        return load_state(blocks, new_state)
+
+    def admit(
+        self,
+        producer_id: str,
+        sequence: int,
+        acknowledged_sequence: int,
+        partitions: NDArray[np.int64],
+        event_id_hashes: NDArray[np.uint64],
+        now_ns: int,
+    ) -> NDArray[np.bool_] | None:
+        """Which events of a part were not counted before, and notes that they now are; None for all of them."""
+        fresh = None
+        if producer_id:
+            fresh = self.producers.admit(producer_id, sequence, acknowledged_sequence, partitions, now_ns)
+        chosen = None if fresh is None else np.flatnonzero(fresh)
+        keys = event_id_hashes if chosen is None else event_id_hashes[chosen]
+        if keys.any():
+            new = self.event_ids.admit(keys, now_ns)
+            if new is not None:
+                chosen = np.flatnonzero(new) if chosen is None else chosen[new]
+                fresh = np.zeros(len(event_id_hashes), dtype=np.bool_)
+                fresh[chosen] = True
+        if fresh is not None:
+            self.duplicate_count += len(fresh) - int(np.count_nonzero(fresh))
+        return fresh
+
+    def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:
+        """Counts the events `start` to `stop`, which arrived at `received_ns`. The caller has seen the table's
+        `has_room`."""
+        self.table.apply(columns, start, stop, received_ns)
+        self.event_count += stop - start
+
+    def forget(self, user_ids: Sequence[bytes], position: int | None = None) -> None:
+        """Removes the users' profiles; on replay of the record at `position`, of those that do not hold it already."""
+        for user_id in user_ids:
+            if self._stamps is not None and position is not None:
+                row = self.table.users.get(user_id)
+                if row < 0 or self._stamps[row] > position:
+                    continue
+                # The row is free for somebody whom no snapshot brought.
+                self._stamps[row] = 0
+            self.table.remove(user_id.decode())
+
+    def note(
+        self,
+        producer_id: str,
+        sequence: int,
+        acknowledged_sequence: int,
+        columns: EventColumns,
+        now_ns: int,
+    ) -> None:
+        """Learns from a replayed record which events were counted; nothing is left out."""
+        count = columns.count
+        if producer_id:
+            partitions = (columns.user_hash[:count] >> self._partition_shift).astype(np.int64)
+            self.producers.note(producer_id, sequence, acknowledged_sequence, partitions, now_ns)
+        keys = columns.event_id_hash[:count]
+        if keys.any():
+            self.event_ids.note(keys, now_ns)
+
+    def replay(self, columns: EventColumns, position: int, received_ns: int) -> None:
+        """Counts all events of the record at `position` where they are not counted yet.
+
+        Raises:
+            OverflowError: the table has no room for them.
+        """
+        if not self.table.has_room(columns.count, len(columns.buffer)):
+            raise OverflowError(f"the table holds {len(self.table)} users and has no room for more")
+        if self._stamps is not None and position < self.newest_stamp:
+            self.table.apply_newer(columns, position, received_ns, self._stamps)
+        else:
+            self.table.apply(columns, 0, columns.count, received_ns)
+        self.event_count += columns.count
+
+    def finish_replay(self) -> None:
+        """Forgets what only a replay needs."""
+        self._stamps = None
+
+    def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
+        """Raises what `change_schema` would raise, and changes nothing."""
+        raise NotImplementedError
+
+    def change_schema(self, schema: Schema, reset_features: Sequence[str], position: int | None = None) -> None:
+        """Rows are of `schema` from here on."""
+        raise NotImplementedError
+
+    def copy_blocks(self) -> StateCopy:
+        """A copy that begins now, to be taken in small steps while the state goes on."""
+        return StateCopy(self)
+
+    def stamp_rows(self, rows: NDArray[np.int64], stamp: int) -> None:
+        """Notes that a snapshot's block of this stamp brought the rows; for `load`."""
+        if self._stamps is None:
+            self._stamps = reserve(self.table.users.capacity, np.int64)
+        self._stamps[rows] = stamp
+        self.newest_stamp = max(self.newest_stamp, stamp)
+
+    def check_invariants(self) -> None:
+        """For tests."""
+        self.table.users.check_invariants()
+        self.table.texts.check_invariants()
+        self.producers.check_invariants()
+        self.event_ids.check_invariants()
+        assert self.event_count >= 0
+        assert self.duplicate_count >= 0
