@@ -1,31 +1,48 @@
 """Starts and stops the whole service on this machine: Ray, coordinator, shards and frontend, as processes below this
 one.
 
-Everything that can be wrong with settings is found before the first process starts.
+Everything that can be wrong with settings, and with the data directory, is found before the first process starts. The
+directory is locked from then on until the last process has ended. How long shards may take to recover depends on what
+they hold: they are waited for as long as anything moves.
 """
 
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from profile_service.cluster.embedded_ray import EmbeddedRay
+from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import Settings
-from profile_service.domain.schema import Schema, load_schema
-from profile_service.errors import StartupError
+from profile_service.domain.schema import Schema, load_schema, parse_schema
+from profile_service.errors import SchemaError, StartupError
 from profile_service.frontends.ports import bind
+from profile_service.storage.data_directory import DataDirectory, Holder, Manifest
+from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem
+
+if TYPE_CHECKING:
+    from profile_service.cluster.coordinator import Standing
 
 DEFAULT_SCHEMA = "marketplace"
-START_TIMEOUT_S = 120.0
+STALL_TIMEOUT_S = 120.0
+"""A start in which nothing has moved for so long is given up."""
+
+LEFTOVER_TIMEOUT_S = 30.0
+"""How long the processes of a service that was killed may take to end."""
+
+POLL_S = 0.1
 SHARD_GRACE_S = 1.0
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
 
 
 class Service:
@@ -36,30 +53,45 @@ class Service:
         """host:port of gRPC."""
         self.http_address = ""
         """host:port of REST, metrics and docs."""
+        self._held = ExitStack()
+        """What is given back when the last process has ended."""
         self._ray: EmbeddedRay | None = None
         self._coordinator: Any = None
         self._frontend: Any = None
         self._drain_timeout_s = 0.0
 
     @classmethod
-    def start(cls, settings: Settings, progress: Callable[[str], None] = lambda _: None) -> Service:
-        """Starts the service and returns when it is ready.
+    def start(
+        cls,
+        settings: Settings,
+        progress: Progress = lambda _: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Service:
+        """Starts the service and returns when it is ready, or when it is told to stop before that.
 
         Args:
             settings: what to serve, where.
             progress: hears what is being done, in a few words.
+            stopped: whether it is told to stop; asked while shards are waited for.
 
         Raises:
             StartupError: it cannot start here; says why and what to do.
             SchemaError: the schema file has faults.
+            DataLoss: the data directory's own files are damaged.
         """
         schema = load_schema(settings.schema_path if settings.schema_path is not None else DEFAULT_SCHEMA)
-        _check_data_dir(settings)
-        settings = _with_ports(settings)
+        _check(settings, schema)
         service = cls()
         service._drain_timeout_s = settings.drain_timeout_s
         try:
-            service._start(schema, settings, progress)
+            directory = service._open_directory(settings)
+            _check_schema(directory, schema, settings)
+            settings = replace(
+                _with_ports(settings),
+                shards=directory.manifest.shards,
+                storage=replace(settings.storage, data_dir=directory.path),
+            )
+            service._start(schema, settings, directory, progress, stopped)
         except BaseException:
             service.stop()
             raise
@@ -67,8 +99,13 @@ class Service:
 
     def stop(self) -> None:
         """Answers everything accepted, then ends every process. May be called more than once."""
-        if self._ray is None:
-            return
+        try:
+            if self._ray is not None:
+                self._stop_processes()
+        finally:
+            self._held.close()
+
+    def _stop_processes(self) -> None:
         import ray
 
         try:
@@ -82,7 +119,8 @@ class Service:
         finally:
             self._frontend = self._coordinator = None
             embedded, self._ray = self._ray, None
-            embedded.stop()
+            if embedded is not None:
+                embedded.stop()
 
     def __enter__(self) -> Service:
         return self
@@ -92,10 +130,42 @@ class Service:
     ) -> None:
         self.stop()
 
-    def _start(self, schema: Schema, settings: Settings, progress: Callable[[str], None]) -> None:
+    def _open_directory(self, settings: Settings) -> DataDirectory:
+        path = settings.storage.data_dir
+        if path is None:
+            scratch = ScratchDirectory()
+            self._held.callback(scratch.remove)
+            path = scratch.path / "data"
+        new = Manifest.new(settings.fixed.partition_bits, settings.shard_count)
+        try:
+            directory = DataDirectory.open(RealFileSystem(), path.absolute(), new, settings.shards)
+            self._held.callback(directory.release)
+            directory.epoch()
+        except LockHeld as held:
+            raise StartupError(
+                f"{path} is in use by {Holder.describe(held.holder)}; "
+                "stop that service, or give another directory with --data-dir"
+            ) from None
+        except OSError as error:
+            raise StartupError(
+                f"{path} cannot be written to ({error.strerror}); "
+                "give another directory with --data-dir, or change its owner or permissions"
+            ) from None
+        return directory
+
+    def _start(
+        self,
+        schema: Schema,
+        settings: Settings,
+        directory: DataDirectory,
+        progress: Progress,
+        stopped: Callable[[], bool],
+    ) -> None:
+        _wait_for_leftovers(directory, progress, stopped)
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema))
-        self._ray = EmbeddedRay(workers=settings.shard_count + 2)
+        shards = directory.manifest.shards
+        self._ray = EmbeddedRay(workers=shards + 2)
         warm.result()
         # These import Ray, which reads its environment then.
         import ray
@@ -103,23 +173,51 @@ class Service:
         from profile_service.cluster.actor import COORDINATOR_NAME, CoordinatorActor, create_actor, create_shards
         from profile_service.frontends.actor import FrontendActor
 
-        progress(f"starting {settings.shard_count} shard{'s' if settings.shard_count > 1 else ''} and a frontend")
+        progress(f"starting {shards} shard{'s' if shards > 1 else ''} and a frontend")
         # The coordinator would create the shards, too; so all processes start side by side.
-        create_shards(schema, settings)
-        self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings)
+        create_shards(schema, settings, directory.manifest)
+        self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings, directory.manifest)
         self._frontend = create_actor(FrontendActor, "frontend", schema, settings, self._coordinator)
         try:
-            self.grpc_address, self.http_address = ray.get(
-                self._frontend.wait_until_ready.remote(), timeout=START_TIMEOUT_S
-            )
-        except ray.exceptions.GetTimeoutError:
-            raise StartupError(f"the shards were not ready within {START_TIMEOUT_S:g} s") from None
+            if self._wait_until_ready(progress, stopped):
+                _remember_schema(directory, schema)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, StartupError):
                 raise StartupError(error.cause.message) from None
             raise
         except ray.exceptions.RayActorError as error:
             raise StartupError(f"a process of the service cannot start: {error}") from None
+
+    def _wait_until_ready(self, progress: Progress, stopped: Callable[[], bool]) -> bool:
+        """Returns whether everything serves; not where it was told to stop before. Raises StartupError where a shard
+        cannot recover, or nothing moves any more."""
+        import ray
+
+        ready = self._frontend.wait_until_ready.remote()
+        asked = self._coordinator.standings.remote()
+        seen: Mapping[int, Standing] = {}
+        moved_at = time.monotonic()
+        while not stopped():
+            time.sleep(POLL_S)
+            done, _ = ray.wait([ready, asked], num_returns=2, timeout=0)
+            if asked in done:
+                standings: Mapping[int, Standing] = ray.get(asked)
+                asked = self._coordinator.standings.remote()
+                if standings != seen:
+                    seen, moved_at = standings, time.monotonic()
+                    progress(describe_start(standings))
+                for shard_id, standing in standings.items():
+                    if standing.state == "failed":
+                        raise StartupError(f"shard {shard_id} cannot start: {standing.message}")
+            if ready in done and seen and all(standing.reads for standing in seen.values()):
+                self.grpc_address, self.http_address = ray.get(ready)
+                return True
+            if ready in done:
+                # Either it failed, which is said here, or it waits for the shards, as we do.
+                ray.get(ready)
+            if time.monotonic() - moved_at > STALL_TIMEOUT_S:
+                raise StartupError(f"nothing has moved for {STALL_TIMEOUT_S:g} s: {describe_start(seen)}")
+        return False
 
     def _ask(self, answer: Any, timeout_s: float, who: str) -> None:
         import ray
@@ -130,19 +228,69 @@ class Service:
             logger.warning("%s could not be drained: %s", who, error)
 
 
-def _check_data_dir(settings: Settings) -> None:
-    data_dir = settings.storage.data_dir
-    if data_dir is None:
+def describe_start(standings: Mapping[int, Standing]) -> str:
+    """How far the shards are, in a few words."""
+    recovering = [
+        f"shard {shard_id} recovers: {standing.progress:.0%}{f' ({standing.message})' if standing.message else ''}"
+        for shard_id, standing in sorted(standings.items())
+        if standing.state == "recovering"
+    ]
+    absent = sum(standing.state in ("starting", "away") for standing in standings.values())
+    if absent:
+        recovering.append(f"{absent} of {len(standings)} shards {'is' if absent == 1 else 'are'} starting")
+    return ", ".join(recovering) or "waiting for the frontend"
+
+
+def _check(settings: Settings, schema: Schema) -> None:
+    faults = settings.storage.validate()
+    known = {feature.name for feature in schema.features}
+    faults += [
+        f"--reset-feature: the schema {schema.name} has no feature {name}"
+        for name in settings.storage.reset_features
+        if name not in known
+    ]
+    if faults:
+        raise StartupError("; ".join(faults))
+
+
+def _check_schema(directory: DataDirectory, schema: Schema, settings: Settings) -> None:
+    """Refuses a schema that the directory's profiles cannot be carried over to. The shards would, too, each by what its
+    own log says; here it is said before anything starts."""
+    text = directory.schema_text()
+    if text is None:
         return
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=data_dir):
-            pass
-    except OSError as error:
+        before = parse_schema(text, f"the schema of {directory.path}")
+    except SchemaError:
+        # Another version of the service wrote it. Its shards will know.
+        return
+    if before.fingerprint == schema.fingerprint:
+        return
+    # Known by the shards only, so far.
+    faults: Sequence[str] = ()  # compare(before, schema, settings.storage.reset_features).faults
+    if faults:
         raise StartupError(
-            f"{data_dir} cannot be written to ({error.strerror}); "
-            "give another directory with --data-dir, or change its owner or permissions"
-        ) from None
+            f"{directory.path} holds profiles of another schema, which this one cannot take over: {'; '.join(faults)}"
+        )
+
+
+def _remember_schema(directory: DataDirectory, schema: Schema) -> None:
+    try:
+        directory.write_schema(schema.text)
+    except DiskFull as error:
+        # It only makes the next start say earlier what the shards would say then.
+        logger.warning("the schema cannot be written to %s: %s", directory.path, error)
+
+
+def _wait_for_leftovers(directory: DataDirectory, progress: Progress, stopped: Callable[[], bool]) -> None:
+    """Processes of a service that was killed a moment ago end by themselves; each holds its shard until it has."""
+    give_up_at = time.monotonic() + LEFTOVER_TIMEOUT_S
+    for shard_id in range(directory.manifest.shards):
+        while (holder := directory.shard_in_use(shard_id)) and not stopped():
+            if time.monotonic() > give_up_at:
+                raise StartupError(f"{directory.shard_directory(shard_id)} is still in use by {holder}; end it first")
+            progress(f"waiting for {holder}, which had shard {shard_id}, to end")
+            time.sleep(POLL_S)
 
 
 def _with_ports(settings: Settings) -> Settings:

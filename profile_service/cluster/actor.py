@@ -15,11 +15,13 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from profile_service.cluster.coordinator import Coordinator
+from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.shard.actor import ShardActor, ShardDescription
+from profile_service.storage.data_directory import EpochFile, Manifest, shard_directory
+from profile_service.storage.fs import RealFileSystem
 
 NAMESPACE = "profile-service"
 COORDINATOR_NAME = "coordinator"
@@ -45,38 +47,54 @@ def create_actor(actor_class: type, name: str, *arguments: object) -> ActorHandl
     return handle
 
 
-def create_shards(schema: Schema, settings: Settings) -> dict[int, ActorHandle[Any]]:
+def create_shards(schema: Schema, settings: Settings, manifest: Manifest) -> dict[int, ActorHandle[Any]]:
     """The actors of all shards, by shard id: created, or found where there are some."""
-    topology = _first_topology(settings)
+    assert settings.storage.data_dir is not None, "the launcher has chosen one"
     return {
-        shard.shard_id: create_actor(
+        shard_id: create_actor(
             ShardActor,
-            f"shard-{shard.shard_id}",
-            shard.shard_id,
+            f"shard-{shard_id}",
+            shard_id,
             schema,
             settings,
-            topology.epoch,
-            topology.owned_by(shard.shard_id),
+            # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
+            0,
+            (),
+            manifest.identity(shard_id),
+            shard_directory(settings.storage.data_dir, shard_id),
         )
-        for shard in topology.shards
+        for shard_id in range(manifest.shards)
     }
 
 
 class CoordinatorActor:
     """The coordinator's process."""
 
-    async def __init__(self, schema: Schema, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it.
+    async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.
+        self, schema: Schema, settings: Settings, manifest: Manifest
+    ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator %(levelname)s %(message)s")
-        topology = _first_topology(settings)
-        self._shards = create_shards(schema, settings)
+        assert settings.storage.data_dir is not None, "the launcher has chosen one"
+        epochs = EpochFile(RealFileSystem(), settings.storage.data_dir)
+
+        async def remember(epoch: int) -> None:
+            await asyncio.to_thread(epochs.write, epoch)
+
+        places = [ShardLocation(shard_id, "") for shard_id in range(manifest.shards)]
+        topology = Topology.even(manifest.partition_bits, places, epoch=max(1, epochs.read()))
+        self._shards = create_shards(schema, settings, manifest)
         controls = {shard_id: _RayShard(handle) for shard_id, handle in self._shards.items()}
-        self._coordinator = Coordinator(topology, controls, settings.population_interval_s)
+        self._coordinator = Coordinator(topology, controls, settings.population_interval_s, remember)
         self._started = asyncio.create_task(self._coordinator.start())
 
     async def topology(self) -> Topology:
-        """Who owns what, once every shard has been found. Raises what kept a shard from starting."""
+        """Who owns what, once the shards have been looked for."""
         await asyncio.shield(self._started)
         return self._coordinator.topology
+
+    async def standings(self) -> dict[int, Standing]:
+        """How each shard stands."""
+        return self._coordinator.standings
 
     async def drain(self, grace_s: float) -> None:
         """Has every shard answer what it has accepted, and ends it."""
@@ -90,12 +108,6 @@ class CoordinatorActor:
             ray.kill(handle)
 
 
-def _first_topology(settings: Settings) -> Topology:
-    """Who owns what before anyone has said where they are."""
-    places = [ShardLocation(shard_id, "") for shard_id in range(settings.shard_count)]
-    return Topology.even(settings.fixed.partition_bits, places)
-
-
 class _RayShard:
     """`ShardControl` by calls to a shard's actor."""
 
@@ -103,7 +115,11 @@ class _RayShard:
         self._handle = handle
 
     async def describe(self) -> ShardDescription:
-        description: ShardDescription = await self._handle.describe.remote()
+        try:
+            description: ShardDescription = await self._handle.describe.remote()
+        except ray.exceptions.ActorDiedError as error:
+            # Ray restarts a process for ever; this is what remains when its constructor raises.
+            raise ShardDead(str(error)) from None
         return description
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ back to the head of the queue in the old order.
 | no answer: the call was lost | sent again if they name a producer, otherwise UNAVAILABLE: they may be applied |
 | not mine, shutting down, after a refusal | sent again when the topology is fresh |
 | overloaded | sent again if the lane is patient, otherwise RESOURCE_EXHAUSTED |
+| the disk is full | RESOURCE_EXHAUSTED: it takes longer than a stream can wait |
 | malformed | each sent again alone; one that was alone is INVALID_ARGUMENT |
 """
 
@@ -22,10 +23,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from grpc import aio
 
 from profile_service.cluster.batches import Part
-from profile_service.wire.framing import message_field
 from profile_service.cluster.owner_stream import OwnerStream
 from profile_service.config import MIB
-from profile_service.errors import InvalidArgument, ProfileServiceError, ResourceExhausted, Unavailable
+from profile_service.errors import InvalidArgument, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
+from profile_service.wire.framing import message_field
 from userprofile.internal.v1 import shard_pb2
 
 METHOD = "/userprofile.internal.v1.ShardService/Apply"
@@ -33,6 +34,9 @@ MESSAGE_BYTES = MIB
 """Parts are put together up to this size; one larger part is a message of its own."""
 
 OVERLOAD_RETRY_S = 0.1
+FULL_RETRY_S = 1.0
+"""A full disk gets room by a snapshot, or by a person."""
+
 _PARTS_FIELD = 3
 
 Status = shard_pb2.ApplyResponse.Status
@@ -171,7 +175,9 @@ class ApplyStream(OwnerStream):
                     retry_after_s=1.0,
                 )
             case Status.STATUS_OVERLOADED if not part.batch.lane.patient:
-                return ResourceExhausted(message, retry_after_s=OVERLOAD_RETRY_S)
+                return ResourceExhausted(message + _others(part), retry_after_s=OVERLOAD_RETRY_S)
+            case Status.STATUS_FULL:
+                return StorageFull(message + _others(part), retry_after_s=FULL_RETRY_S)
             case Status.STATUS_MALFORMED if alone:
                 return InvalidArgument("events", f"shard {self._shard_id} refused them: {message}")
             case Status.STATUS_MALFORMED:
@@ -189,6 +195,13 @@ class ApplyStream(OwnerStream):
         held += [part for parts, _, _ in self._refused.values() for part in parts]
         assert self._held_bytes == sum(part.size_bytes for part in held)
         assert self._space.is_set() == (not self.full)
+
+
+def _others(part: Part) -> str:
+    """What is to be said of the rest of a batch when one owner has kept nothing of it."""
+    if part.batch.parts == 1 or part.batch.lane.producer_id:
+        return ""
+    return "; other shards may have counted their events of this batch, which names no producer and no request_id"
 
 
 def parts_in_order(streams: Iterable[ApplyStream]) -> list[Part]:

@@ -59,6 +59,8 @@ class Batch:
 
     def __init__(self, lane: Lane, parts: int) -> None:
         self.lane = lane
+        self.parts = parts
+        """Owners that it goes to."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._missing = parts
 
@@ -70,6 +72,7 @@ class Batch:
 
     def split_further(self, parts: int) -> None:
         """One part goes to so many owners instead."""
+        self.parts += parts - 1
         self._missing += parts - 1
 
 

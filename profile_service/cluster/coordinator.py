@@ -1,27 +1,71 @@
 """Decides which shards there are and who owns what, and keeps that true: the control plane's logic, without Ray (see
 `actor.py`).
 
-watch       every shard is asked where it is; one that is back elsewhere gets a place in a new epoch, told to the shards
-first population  the shards' sums are gathered and given to all of them, one round after the other
+watch       every shard is asked where it is and how it does, each on its own, so that one that does not answer holds up
+            none of the others; one that is back elsewhere gets a place in a new epoch, told to the shards first
+population  the shards' sums are gathered and given to all of them, one round after the other
+
+How a shard stands, as the coordinator knows it:
+
+    starting ──▶ recovering ──▶ serving ◀──▶ full
+                     ▲  │          │
+                     │  └─▶ failed │ the process ends, or does not answer
+                     └─── away ◀───┘
+
+Epochs never go back: each is made durable before anyone hears of it, and a coordinator begins after the last one that
+is durable, and after every one that a shard has heard of. A shard's process starts without an epoch and without
+partitions: it takes nothing before a coordinator of now has told it what it owns.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from profile_service.cluster.topology import ShardLocation, Topology
 
 WATCH_INTERVAL_S = 0.5
-CONTROL_TIMEOUT_S = 5.0
-"""A shard that does not answer for so long is passed over in this round."""
+"""Between two looks at a shard that serves."""
+
+RETURN_INTERVAL_S = 0.1
+"""Between two looks at one that does not, yet."""
+
+FIRST_LOOK_S = 10.0
+"""The first topology waits so long for every shard to say where it is; whoever is later gets a place in a later one."""
+
+DESCRIBE_TIMEOUT_S = 5.0
+"""A shard that does not answer for so long is away."""
+
+TELL_TIMEOUT_S = 1.0
+"""A shard that does not answer for so long is told of an epoch, or of the population, in a later round."""
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a shard stands."""
+
+    state: str
+    """ "starting", "recovering", "serving", "full", "failed" or "away"."""
+    progress: float = 0.0
+    """How much of its recovery is done, 0 to 1."""
+    message: str = ""
+    """What the state is about, for people."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it answers questions."""
+        return self.state in ("serving", "full")
+
+
+class ShardDead(Exception):
+    """The shard is away, and will not be back by itself."""
 
 
 class Located(Protocol):
@@ -29,7 +73,7 @@ class Located(Protocol):
 
     @property
     def address(self) -> str:
-        """host:port."""
+        """host:port; empty until it listens."""
 
     @property
     def node(self) -> str:
@@ -39,13 +83,25 @@ class Located(Protocol):
     def epoch(self) -> int:
         """The epoch that it goes by."""
 
+    @property
+    def state(self) -> str:
+        """As in `Standing`."""
+
+    @property
+    def progress(self) -> float:
+        """As in `Standing`."""
+
+    @property
+    def message(self) -> str:
+        """As in `Standing`."""
+
 
 class ShardControl(Protocol):
     """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
-    away."""
+    away, and ShardDead where it stays so."""
 
     async def describe(self) -> Located:
-        """Where it is."""
+        """Where it is, and how it does."""
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         """Tells it what it owns."""
@@ -61,13 +117,24 @@ class Coordinator:
     """Owns the topology of the shards given to it.
 
     Args:
-        topology: who owns what; the addresses are found by asking.
+        topology: who owns what, at the last epoch known; the addresses are found by asking.
+        remember: makes an epoch durable. An OSError is logged: a disk that fails keeps no shard from being found.
     """
 
-    def __init__(self, topology: Topology, shards: Mapping[int, ShardControl], population_interval_s: float) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        shards: Mapping[int, ShardControl],
+        population_interval_s: float,
+        remember: Callable[[int], Awaitable[None]],
+    ) -> None:
         self._topology = topology
         self._shards = dict(shards)
         self._population_interval_s = population_interval_s
+        self._remember = remember
+        self._standings = dict.fromkeys(self._shards, Standing("starting"))
+        self._populations: dict[int, bytes] = {}
+        self._changing = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -75,13 +142,21 @@ class Coordinator:
         """The topology of now."""
         return self._topology
 
+    @property
+    def standings(self) -> dict[int, Standing]:
+        """How each shard stands, as last heard."""
+        return dict(self._standings)
+
     async def start(self) -> None:
-        """Finds every shard, then begins to watch. Raises what a shard raises that cannot start."""
-        found = await asyncio.gather(*(shard.describe() for shard in self._shards.values()))
-        # Shards that an earlier coordinator has told of later epochs must be given a later one still.
-        self._topology = replace(self._topology, epoch=max(located.epoch for located in found))
-        await self._relocate(dict(zip(self._shards, found, strict=True)))
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._gather_population())]
+        """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
+        found = await self._ask_all({number: shard.describe() for number, shard in self._shards.items()}, FIRST_LOOK_S)
+        for shard_id, located in found.items():
+            self._stands(shard_id, Standing(located.state, located.progress, located.message))
+        epochs = [located.epoch for located in found.values()]
+        self._topology = replace(self._topology, epoch=max([self._topology.epoch, *epochs]))
+        await self._relocate(found, always=True)
+        self._tasks = [asyncio.create_task(self._watch(shard_id)) for shard_id in self._shards]
+        self._tasks.append(asyncio.create_task(self._gather_population()))
 
     async def close(self) -> None:
         """Stops watching."""
@@ -90,72 +165,105 @@ class Coordinator:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def look(self) -> None:
-        """One round of watching: asks every shard where it is."""
-        answers = await self._ask_all({shard_id: shard.describe() for shard_id, shard in self._shards.items()})
-        if answers:
-            await self._relocate(answers)
+        """One look at every shard."""
+        await asyncio.gather(*(self._look_at(shard_id) for shard_id in self._shards))
 
     async def share_population(self) -> None:
-        """One round of the population. The sums of a shard that is away are missing from it."""
-        states = await self._ask_all({shard_id: shard.population_state() for shard_id, shard in self._shards.items()})
-        merged = [states[shard_id] for shard_id in sorted(states)]
+        """One round of the population. Of a shard that is away the sums are those of before."""
+        reading = {number: shard for number, shard in self._shards.items() if self._standings[number].reads}
+        calls = {number: shard.population_state() for number, shard in reading.items()}
+        self._populations |= await self._ask_all(calls, TELL_TIMEOUT_S)
+        merged = [state for _, state in sorted(self._populations.items())]
         if merged:
-            await self._ask_all({shard_id: shard.set_population(merged) for shard_id, shard in self._shards.items()})
+            given = {number: shard.set_population(merged) for number, shard in reading.items()}
+            await self._ask_all(given, TELL_TIMEOUT_S)
 
-    async def _relocate(self, found: Mapping[int, Located]) -> None:
-        """Takes the places in; where one is new, or a shard goes by another epoch, all shards hear of it before anyone
-        else."""
-        places = {
-            shard_id: ShardLocation(shard_id, located.address, located.node) for shard_id, located in found.items()
-        }
-        current = {shard.shard_id: shard for shard in self._topology.shards}
-        taken = {place.address for place in places.values()}
-        for shard_id, shard in current.items():
-            if shard_id not in places and shard.address in taken:
-                # It is away, and another shard was given its port.
-                places[shard_id] = replace(shard, address="")
-        if any(places[shard_id] != current[shard_id] for shard_id in places):
-            topology = self._topology.with_shards(places)
-            logger.info(
-                "epoch %d: %s", topology.epoch, ", ".join(f"{s.shard_id} at {s.address}" for s in topology.shards)
-            )
-            await self._tell(topology, list(self._shards))
-            self._topology = topology
+    async def _look_at(self, shard_id: int) -> None:
+        try:
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                located = await self._shards[shard_id].describe()
+        except ShardDead as error:
+            self._stands(shard_id, Standing("failed", message=str(error)))
+        except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, the shard did not answer.
+            self._stands(shard_id, Standing("away", message=reason_of(error)))
         else:
-            await self._tell(
-                self._topology,
-                [shard_id for shard_id, located in found.items() if located.epoch != self._topology.epoch],
+            self._stands(shard_id, Standing(located.state, located.progress, located.message))
+            await self._relocate({shard_id: located})
+
+    def _stands(self, shard_id: int, standing: Standing) -> None:
+        if standing.state != self._standings[shard_id].state:
+            level = logging.WARNING if standing.state in ("away", "failed", "full") else logging.INFO
+            logger.log(
+                level, "shard %d is %s%s", shard_id, standing.state, standing.message and f": {standing.message}"
             )
+        self._standings[shard_id] = standing
+
+    async def _relocate(self, found: Mapping[int, Located], *, always: bool = False) -> None:
+        """Takes the places in; where one is new, or a shard goes by another epoch, all shards hear of it before anyone
+        else. `always` makes a new epoch even where nothing is new."""
+        async with self._changing:
+            places = {
+                shard_id: ShardLocation(shard_id, located.address, located.node)
+                for shard_id, located in found.items()
+                if located.address
+            }
+            current = {shard.shard_id: shard for shard in self._topology.shards}
+            taken = {place.address for place in places.values()}
+            for shard_id, shard in current.items():
+                if shard_id not in places and shard.address in taken:
+                    # It is away, and another shard was given its port.
+                    places[shard_id] = replace(shard, address="")
+            if always or any(places[shard_id] != current[shard_id] for shard_id in places):
+                topology = self._topology.with_shards(places)
+                try:
+                    await self._remember(topology.epoch)
+                except OSError as error:
+                    logger.warning("epoch %d cannot be made durable: %s", topology.epoch, error)
+                logger.info(
+                    "epoch %d: %s", topology.epoch, ", ".join(f"{s.shard_id} at {s.address}" for s in topology.shards)
+                )
+                await self._tell(topology, list(self._shards))
+                self._topology = topology
+            else:
+                await self._tell(
+                    self._topology,
+                    [shard_id for shard_id, located in found.items() if located.epoch != self._topology.epoch],
+                )
 
     async def _tell(self, topology: Topology, shard_ids: Sequence[int]) -> None:
-        # Whoever misses it is told in the next round: its epoch gives it away.
-        await self._ask_all(
-            {
-                shard_id: self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
-                for shard_id in shard_ids
-            }
-        )
+        # Whoever misses it is told after the next look: its epoch gives it away.
+        calls = {
+            shard_id: self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
+            for shard_id in shard_ids
+        }
+        await self._ask_all(calls, TELL_TIMEOUT_S)
 
-    async def _ask_all(self, calls: Mapping[int, Awaitable[Answer]]) -> dict[int, Answer]:
+    async def _ask_all(self, calls: Mapping[int, Awaitable[Answer]], timeout_s: float) -> dict[int, Answer]:
         """The answers of those that answer in time, by shard id."""
 
         async def ask(shard_id: int, call: Awaitable[Answer]) -> tuple[int, Answer] | None:
             try:
-                async with asyncio.timeout(CONTROL_TIMEOUT_S):
+                async with asyncio.timeout(timeout_s):
                     return shard_id, await call
             except Exception as error:  # noqa: BLE001  # The calls are remote: whatever it is, the shard did not answer.
-                logger.warning("shard %d does not answer: %s", shard_id, error)
+                logger.debug("shard %d does not answer: %s", shard_id, reason_of(error))
                 return None
 
         answered = await asyncio.gather(*(ask(shard_id, call) for shard_id, call in calls.items()))
         return dict(answer for answer in answered if answer is not None)
 
-    async def _watch(self) -> None:
+    async def _watch(self, shard_id: int) -> None:
         while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            await self.look()
+            await self._look_at(shard_id)
+            settled = self._standings[shard_id].state in ("serving", "full", "failed")
+            await asyncio.sleep(WATCH_INTERVAL_S if settled else RETURN_INTERVAL_S)
 
     async def _gather_population(self) -> None:
         while True:
             await self.share_population()
             await asyncio.sleep(self._population_interval_s)
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong in a remote call, in one line; Ray says more."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -7,32 +7,18 @@ Nothing of it is shared: another Ray on the machine, or in the environment's RAY
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import threading
-import time
-from pathlib import Path
 
+from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import MIB
 from profile_service.errors import StartupError
 
 OBJECT_STORE_BYTES = 100 * MIB
 """Only control goes through Ray; the populations of the shards are the largest of it."""
-
-PREFIX = "profile-service-"
-"""Of the directories' names."""
-
-ABANDONED_AFTER_S = 120.0
-"""A directory that is older, and that no process has locked, was left by one that was killed."""
-
-LONGEST_DIRECTORY = 40
-"""Ray puts Unix sockets below its directory, and their paths have to stay below 108 bytes."""
-
 
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """At 0 Ray takes 127.0.0.1 for its address, as it does where clusters are not supported, and binds everything to it."""
@@ -52,7 +38,7 @@ class EmbeddedRay:
 
         if ray.is_initialized():
             raise StartupError("this process runs a Ray already; one process starts one service")
-        self.directory, self._lock = _make_directory()
+        self._scratch = ScratchDirectory()
         # Ray takes SIGTERM for itself; signals belong to whoever started the service.
         on_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGTERM) if on_main_thread else None
@@ -66,10 +52,10 @@ class EmbeddedRay:
                 configure_logging=False,
                 log_to_driver=True,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(self.directory),
+                _temp_dir=str(self._scratch.path),
             )
         except BaseException:
-            self._remove_directory()
+            self._scratch.remove()
             raise
         finally:
             if handler is not None:
@@ -80,11 +66,7 @@ class EmbeddedRay:
         import ray
 
         ray.shutdown()
-        self._remove_directory()
-
-    def _remove_directory(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._lock)
+        self._scratch.remove()
 
 
 def _set_environment() -> None:
@@ -105,41 +87,3 @@ def _set_environment() -> None:
         "RAY_COLOR_PREFIX": "0",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _make_directory() -> tuple[Path, int]:
-    """A new directory that only this user can read, with a path short enough for Ray's sockets, and the lock that this
-    process holds on it. Directories whose process was killed are removed."""
-    preferred = Path(tempfile.gettempdir())
-    parent = preferred if len(str(preferred)) <= LONGEST_DIRECTORY else Path("/tmp")  # noqa: S108
-    _remove_abandoned(parent)
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    lock = _lock(directory)
-    assert lock is not None, "nobody else knows the directory yet"
-    return directory, lock
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for directory in parent.glob(f"{PREFIX}*"):
-        try:
-            status = directory.stat()
-            if status.st_uid != os.getuid() or time.time() - status.st_mtime < ABANDONED_AFTER_S:
-                continue
-            lock = _lock(directory)
-        except OSError:
-            # Its owner is removing it just now.
-            continue
-        if lock is not None:
-            shutil.rmtree(directory, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(directory: Path) -> int | None:
-    """Locks a directory for as long as this process lives; None where another process has it."""
-    handle = os.open(directory / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle

@@ -1,5 +1,5 @@
-"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and two plain
-calls."""
+"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and a few
+plain calls."""
 
 from __future__ import annotations
 
@@ -91,6 +91,17 @@ class ShardLink:
             response_deserializer=shard_pb2.GetShardStatusResponse.FromString,
         )
         return await call(shard_pb2.GetShardStatusRequest(), timeout=timeout_s)
+
+    async def create_snapshot(self, timeout_s: float | None) -> int:
+        """Has the shard write a snapshot; returns the log position from which a recovery would replay. Raises
+        AioRpcError."""
+        call = self._channel.unary_unary(
+            f"{SERVICE}/CreateSnapshot",
+            request_serializer=shard_pb2.CreateSnapshotRequest.SerializeToString,
+            response_deserializer=shard_pb2.CreateSnapshotResponse.FromString,
+        )
+        answer = await call(shard_pb2.CreateSnapshotRequest(), timeout=timeout_s)
+        return answer.log_position
 
     def _open_channel(self) -> aio.Channel:
         return aio.insecure_channel(

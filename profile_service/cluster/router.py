@@ -16,15 +16,17 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import numpy as np
+from grpc import StatusCode, aio
 from numpy.typing import NDArray
 
 from profile_service.cluster.apply_stream import parts_in_order
 from profile_service.cluster.batches import Batch, Lane, Part
+from profile_service.cluster.coordinator import reason_of
 from profile_service.cluster.link import ShardLink
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits
-from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, Unavailable
+from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
 from profile_service.wire.gather import gather, split_by_owner
 from profile_service.wire.scan import ScannedBatch
 from userprofile.internal.v1 import shard_pb2
@@ -35,6 +37,8 @@ PATIENCE_S = 10.0
 FIRST_RETRY_S = 0.02
 LAST_RETRY_S = 0.5
 CONTROL_TIMEOUT_S = 2.0
+FIRST_TOPOLOGY_TIMEOUT_S = 15.0
+"""A coordinator that starts looks for its shards first."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +88,18 @@ class Router:
         return sum(link.applies.held_bytes for link in self._links.values())
 
     async def start(self) -> None:
-        """Asks for the topology and begins to connect. Raises what the source raises."""
-        await self._install(await self._source())
+        """Asks for the topology, again and again until there is an answer, and begins to connect."""
+        retry_s = FIRST_RETRY_S
+        while True:
+            try:
+                async with asyncio.timeout(FIRST_TOPOLOGY_TIMEOUT_S):
+                    topology = await self._source()
+                break
+            except Exception as error:  # noqa: BLE001  # The source is a remote call: the coordinator will be back.
+                logger.warning("the topology is not known yet: %s", reason_of(error))
+            await asyncio.sleep(retry_s)
+            retry_s = min(2 * retry_s, LAST_RETRY_S)
+        await self._install(topology)
 
     async def close(self) -> None:
         """Ends every stream; what still waits fails with Unavailable."""
@@ -152,7 +166,7 @@ class Router:
         In the last two cases some of the events may be counted.
         """
         lane = Lane(producer_id, patient=False)
-        async with _patience(deadline_s, "the events may have been counted in part"):
+        async with _patience(deadline_s, lambda: "the events may have been counted in part"):
             batch = await self.submit(scanned, lane, sequence, 0, arrival_time_ns)
             await batch.done
 
@@ -235,6 +249,22 @@ class Router:
             await self.refresh()
         return [(link.location, status) for link, status in zip(links, statuses, strict=True)]
 
+    async def create_snapshot(self, deadline_s: float | None = None) -> dict[int, int]:
+        """Has every shard write a snapshot, all at once; returns the log position of each, by shard id.
+
+        Raises the error of the first shard, by its number, that could not; those of the others stay.
+        """
+        links = [self._links[shard_id] for shard_id in sorted(self._links)]
+        answers = await asyncio.gather(*(link.create_snapshot(deadline_s) for link in links), return_exceptions=True)
+        positions = {}
+        for link, answer in zip(links, answers, strict=True):
+            if isinstance(answer, aio.AioRpcError):
+                raise _error_of(answer, f"shard {link.location.shard_id} wrote no snapshot")
+            if isinstance(answer, BaseException):
+                raise answer
+            positions[link.location.shard_id] = answer
+        return positions
+
     async def refresh(self) -> None:
         """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one
         stays."""
@@ -244,9 +274,13 @@ class Router:
 
     async def _refresh(self) -> None:
         try:
-            await self._install(await self._source())
+            # Whoever lost an owner waits for this, and may find the owner where it was.
+            async with asyncio.timeout(CONTROL_TIMEOUT_S):
+                topology = await self._source()
         except Exception as error:  # noqa: BLE001  # The source is a remote call: the topology in hand still serves.
-            logger.warning("the topology cannot be refreshed: %s", error)
+            logger.warning("the topology cannot be refreshed: %s", reason_of(error))
+        else:
+            await self._install(topology)
         finally:
             self._refreshing = None
 
@@ -319,10 +353,12 @@ class Router:
     ) -> None:
         """Repeats an attempt, by a fresh topology each time, until it returns None."""
         retry_s = FIRST_RETRY_S
-        async with _patience(deadline_s, "its owner cannot be reached"):
+        failure: ProfileServiceError | None = None
+        async with _patience(deadline_s, lambda: "its owner cannot be reached" if failure is None else failure.message):
             while True:
                 await self._stable.wait()
-                if await attempt() is None:
+                failure = await attempt()
+                if failure is None:
                     return
                 await self.refresh()
                 await asyncio.sleep(retry_s)
@@ -337,12 +373,25 @@ async def _answer_or_error(question: Awaitable[list[bytes]]) -> list[bytes] | Pr
 
 
 @contextlib.asynccontextmanager
-async def _patience(deadline_s: float | None, outcome: str) -> AsyncIterator[None]:
-    """Ends what takes longer than the deadline, or than PATIENCE_S where there is none."""
+async def _patience(deadline_s: float | None, outcome: Callable[[], str]) -> AsyncIterator[None]:
+    """Ends what takes longer than the deadline, or than PATIENCE_S where there is none; says what is known then."""
     try:
         async with asyncio.timeout(PATIENCE_S if deadline_s is None else deadline_s):
             yield
     except TimeoutError:
         if deadline_s is None:
-            raise Unavailable(f"no answer within {PATIENCE_S:g} s; {outcome}", retry_after_s=1.0) from None
-        raise DeadlineExceeded(f"no answer within {deadline_s:g} s; {outcome}") from None
+            raise Unavailable(f"no answer within {PATIENCE_S:g} s; {outcome()}", retry_after_s=1.0) from None
+        raise DeadlineExceeded(f"no answer within {deadline_s:g} s; {outcome()}") from None
+
+
+def _error_of(error: aio.AioRpcError, what: str) -> ProfileServiceError:
+    """What a shard's plain call ended with, as an error of ours."""
+    message = f"{what}: {error.details() or error.code().name}"
+    match error.code():
+        case StatusCode.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(message)
+        case StatusCode.RESOURCE_EXHAUSTED:
+            return StorageFull(message, retry_after_s=1.0)
+        case StatusCode.UNAVAILABLE | StatusCode.CANCELLED:
+            return Unavailable(message, retry_after_s=1.0)
+    return ProfileServiceError(message)

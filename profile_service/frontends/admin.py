@@ -63,14 +63,22 @@ class Admin:
             event_count=sum(shard.event_count for shard in self.last_shards),
             epoch=self._router.topology.epoch,
             shards=self.last_shards,
-            sync_mode=next((status.sync_mode for _, status in answers if status is not None), ""),
+            sync_mode=self._settings.storage.sync,
             dedupe_window_seconds=self._settings.capacity.event_id_window_s,
             dedupe_capacity=self._settings.capacity.event_ids_per_shard,
+            data_dir=str(self._settings.storage.data_dir or ""),
         )
         response.start_time.FromNanoseconds(self._start_ns)
         if response.user_count:
             response.bytes_per_user = sum(shard.state_bytes for shard in self.last_shards) / response.user_count
         return response.SerializeToString()
+
+    async def create_snapshot(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded CreateSnapshotResponse, once every shard has published a snapshot: it takes as long as it takes,
+        or as the caller waits."""
+        parse(admin_service_pb2.CreateSnapshotRequest, request)
+        positions = await self._router.create_snapshot(deadline_s)
+        return admin_service_pb2.CreateSnapshotResponse(log_positions=positions).SerializeToString()
 
     async def watch(self) -> None:
         """Keeps `last_shards` fresh, until it is cancelled."""
@@ -82,7 +90,7 @@ class Admin:
 def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None) -> ShardStatus:
     if status is None:
         return ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
-    return ShardStatus(
+    answer = ShardStatus(
         shard_id=location.shard_id,
         address=location.address,
         state=status.state,
@@ -96,7 +104,14 @@ def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusRespo
         resident_bytes=status.resident_bytes,
         cpu_seconds=status.cpu_seconds,
         pid=status.pid,
+        recovery_progress=status.recovery_progress,
+        message=status.message,
+        log_bytes=status.log_bytes,
+        snapshot_position=status.snapshot_position,
     )
+    if status.snapshot_time_ns:
+        answer.snapshot_time.FromNanoseconds(status.snapshot_time_ns)
+    return answer
 
 
 def _describe(schema: Schema) -> admin_service_pb2.GetSchemaResponse:

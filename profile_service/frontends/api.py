@@ -66,6 +66,7 @@ class Api:
             f"{ADMIN_SERVICE}/GetSchema": self.admin.get_schema,
             f"{ADMIN_SERVICE}/GetTopology": self.admin.get_topology,
             f"{ADMIN_SERVICE}/GetStatus": self.admin.get_status,
+            f"{ADMIN_SERVICE}/CreateSnapshot": self.admin.create_snapshot,
         }
         metrics.watch_shards(lambda: self.admin.last_shards)
 

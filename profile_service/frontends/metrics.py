@@ -7,12 +7,17 @@
     profile_service_events_duplicate_total                            events of batches that were counted before
     profile_service_attributes_ignored_total                          attributes that the schema does not declare
     profile_service_shard_users{shard}                                users that a shard holds
-    profile_service_shard_events_total{shard}                         events that a shard has counted since it started
+    profile_service_shard_events_total{shard}                         events that a shard has counted
     profile_service_shard_duplicates_total{shard}                     events that a shard has refused as duplicates
     profile_service_shard_state_bytes{shard}                          bytes of rows, index and strings in use
     profile_service_shard_queued_bytes{shard}                         event bytes that wait in a shard's bounded queue
     profile_service_shard_resident_bytes{shard}                       resident memory of a shard's process
     profile_service_shard_cpu_seconds_total{shard}                    CPU time of a shard's process
+    profile_service_shard_state{shard,state}                          1 for the state that a shard is in, 0 for the rest
+    profile_service_shard_recovery_progress{shard}                    how much of a recovery is done, 0 to 1
+    profile_service_shard_log_bytes{shard}                            bytes of log on disk
+    profile_service_shard_replay_bytes{shard}                         bytes of log that a recovery would replay now
+    profile_service_shard_snapshot_timestamp_seconds{shard}           when its last snapshot was published, 0 before
     profile_service_users                                             users over all shards
 
 What is counted here is the frontend's own; what is known of shards is read when a scrape asks (`watch_shards`). Labels
@@ -25,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -37,6 +43,9 @@ LATENCY_BUCKETS_S = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 """A read from memory takes about a millisecond, a durable write a few; the ends catch what goes wrong."""
+
+SHARD_STATES = ("serving", "recovering", "full", "failed", "unreachable")
+"""What a shard can be in."""
 
 EVENT_FIELDS = ("user_id", "type", "time", "event_id", "attributes")
 """The fields that a refused event can be counted under; anything else is "event"."""
@@ -65,6 +74,18 @@ class ShardReading(Protocol):
     def resident_bytes(self) -> int: ...
     @property
     def cpu_seconds(self) -> float: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def recovery_progress(self) -> float: ...
+    @property
+    def log_bytes(self) -> int: ...
+    @property
+    def log_position(self) -> int: ...
+    @property
+    def snapshot_position(self) -> int: ...
+    @property
+    def snapshot_time(self) -> Timestamp: ...
 
 
 class Metrics:
@@ -168,6 +189,15 @@ class _Readings(Collector):
             for shard in shards:
                 counter.add_metric((str(shard.shard_id),), value(shard))
             yield counter
+        state = GaugeMetricFamily(
+            "profile_service_shard_state",
+            "1 for the state that the shard is in, 0 for the others.",
+            labels=("shard", "state"),
+        )
+        for shard in shards:
+            for name in SHARD_STATES:
+                state.add_metric((str(shard.shard_id), name), shard.state == name)
+        yield state
         total = sum(shard.user_count for shard in shards)
         yield GaugeMetricFamily("profile_service_users", "Users over all shards.", value=total)
 
@@ -177,9 +207,21 @@ _SHARD_GAUGES: tuple[tuple[str, str, Callable[[ShardReading], float]], ...] = (
     ("state_bytes", "Bytes of rows, index and strings in use.", lambda shard: shard.state_bytes),
     ("queued_bytes", "Event bytes that wait in the shard's bounded queue.", lambda shard: shard.queued_bytes),
     ("resident_bytes", "Resident memory of the shard's process.", lambda shard: shard.resident_bytes),
+    ("recovery_progress", "How much of a recovery is done, 0 to 1.", lambda shard: shard.recovery_progress),
+    ("log_bytes", "Bytes of the shard's log on disk.", lambda shard: shard.log_bytes),
+    (
+        "replay_bytes",
+        "Bytes of log that a recovery would replay now.",
+        lambda shard: shard.log_position - shard.snapshot_position,
+    ),
+    (
+        "snapshot_timestamp_seconds",
+        "When the shard's last snapshot was published, in seconds since 1970; 0 before the first.",
+        lambda shard: shard.snapshot_time.ToNanoseconds() / 1e9,
+    ),
 )
 _SHARD_COUNTERS: tuple[tuple[str, str, Callable[[ShardReading], float]], ...] = (
-    ("events", "Events that the shard has counted since it started.", lambda shard: shard.event_count),
+    ("events", "Events that the shard has counted.", lambda shard: shard.event_count),
     ("duplicates", "Events that the shard has refused as duplicates.", lambda shard: shard.duplicate_count),
     ("cpu_seconds", "CPU time of the shard's process.", lambda shard: shard.cpu_seconds),
 )

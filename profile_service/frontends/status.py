@@ -46,6 +46,7 @@ class Row:
 TABLE = (
     Row(errors.InvalidArgument, grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     Row(errors.NotFound, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    Row(errors.StorageFull, grpc.StatusCode.RESOURCE_EXHAUSTED, "STORAGE_FULL"),
     Row(errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     Row(errors.NotMine, grpc.StatusCode.UNAVAILABLE, "NOT_MINE"),
     Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -40,6 +41,9 @@ class ShardDescription:
     node: str
     pid: int
     epoch: int
+    state: str = "serving"
+    progress: float = 1.0
+    message: str = ""
 
 
 class ShardActor:
@@ -51,7 +55,14 @@ class ShardActor:
     """
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.
-        self, shard_id: int, schema: Schema, settings: Settings, epoch: int, owned: Sequence[int]
+        self,
+        shard_id: int,
+        schema: Schema,
+        settings: Settings,
+        epoch: int,
+        owned: Sequence[int],
+        identity: bytes,
+        directory: Path,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s shard {shard_id} %(levelname)s %(message)s")
         self._shard_id = shard_id

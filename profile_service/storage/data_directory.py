@@ -188,6 +188,10 @@ class DataDirectory:
             return Holder.describe(held.holder)
         return ""
 
+    def epoch(self) -> int:
+        """The highest epoch ever given out, 0 before the first. Raises DataLoss."""
+        return EpochFile(self._fs, self.path).read()
+
     def schema_text(self) -> str | None:
         """The schema last served with; None before the first."""
         if SCHEMA not in self._fs.names(self.path):
@@ -213,19 +217,21 @@ class EpochFile:
     def __init__(self, fs: FileSystem, directory: Path) -> None:
         self._fs = fs
         self._path = directory / EPOCH
-        if self._path.name not in fs.names(directory):
-            write_atomically(fs, self._path, _epoch_sector(0))
+
+    def make(self) -> None:
+        """Takes the sector."""
+        write_atomically(self._fs, self._path, _epoch_sector(0))
 
     def read(self) -> int:
-        """0 before the first. Raises DataLoss."""
+        """0 before the first. Raises DataLoss where it is damaged or missing."""
         try:
             epoch = json.loads(_read(self._fs, self._path))["epoch"]
-        except (ValueError, KeyError, TypeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             epoch = None
         if not isinstance(epoch, int):
             raise DataLoss(
-                f"{self._path} is damaged: write a number into it that is higher than every epoch that the service's "
-                'log has shown, as {"epoch": 1000000}'
+                f"{self._path} is damaged or missing: write a number into it that is higher than every epoch that "
+                'the service has shown in its status or its log, as {"epoch": 1000000}'
             )
         return epoch
 
@@ -314,6 +320,7 @@ def _check_whole(fs: FileSystem, path: Path, manifest: Manifest) -> None:
 def _make(fs: FileSystem, path: Path, manifest: Manifest) -> None:
     for shard_id in range(manifest.shards):
         fs.make_directory(shard_directory(path, shard_id))
+    EpochFile(fs, path).make()
     write_atomically(fs, path / MANIFEST, manifest.encode())
 
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import pytest
 
 from profile_service.cluster import coordinator as coordinator_module
-from profile_service.cluster.coordinator import Coordinator
+from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
 from profile_service.cluster.topology import ShardLocation, Topology
+from tests.cluster.local_cluster import until
 
 
 @dataclass
@@ -18,6 +19,9 @@ class Description:
     address: str
     node: str
     epoch: int
+    state: str
+    progress: float
+    message: str
 
 
 class Control:
@@ -30,9 +34,13 @@ class Control:
         self.away = False
         self.hanging = False
         self.population: list[bytes] = []
-        self.state = str(shard_id).encode()
+        self.sums = str(shard_id).encode()
+        self.dead = False
+        self.state, self.progress, self.message = "serving", 1.0, ""
 
     async def _answer(self) -> None:
+        if self.dead:
+            raise ShardDead("its constructor raised")
         if self.away:
             raise ConnectionError("away")
         if self.hanging:
@@ -40,7 +48,7 @@ class Control:
 
     async def describe(self) -> Description:
         await self._answer()
-        return Description(self.address, "node", self.epoch)
+        return Description(self.address, "node", self.epoch, self.state, self.progress, self.message)
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         await self._answer()
@@ -48,20 +56,41 @@ class Control:
 
     async def population_state(self) -> bytes:
         await self._answer()
-        return self.state
+        return self.sums
 
     async def set_population(self, states: Sequence[bytes]) -> None:
         await self._answer()
         self.population = list(states)
 
     def restart(self, address: str) -> None:
-        self.address, self.epoch, self.owned, self.away = address, 1, [], False
+        self.address, self.epoch, self.owned, self.away = address, 0, [], False
+
+
+class Ledger:
+    """Where epochs are made durable, and what the shards went by then."""
+
+    def __init__(self, controls: dict[int, Control]) -> None:
+        self.controls = controls
+        self.epochs: list[int] = []
+        self.known_before: list[int] = []
+        self.error: OSError | None = None
+
+    async def remember(self, epoch: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.known_before.append(max(control.epoch for control in self.controls.values()))
+        self.epochs.append(epoch)
 
 
 def make(shards: int = 3) -> tuple[Coordinator, dict[int, Control]]:
     controls = {number: Control(number) for number in range(shards)}
-    topology = Topology.even(4, [ShardLocation(number, "") for number in controls])
-    return Coordinator(topology, controls, population_interval_s=0.01), controls
+    return make_for(controls)[0], controls
+
+
+def make_for(controls: dict[int, Control], epoch: int = 1) -> tuple[Coordinator, Ledger]:
+    topology = Topology.even(4, [ShardLocation(number, "") for number in controls], epoch)
+    ledger = Ledger(controls)
+    return Coordinator(topology, controls, 0.01, ledger.remember), ledger
 
 
 async def test_it_finds_the_shards_and_tells_them_first() -> None:
@@ -91,7 +120,8 @@ async def test_a_restarted_shard_gets_a_new_epoch_that_all_shards_know() -> None
 
 
 async def test_a_shard_that_missed_an_epoch_is_told_in_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator_module, "CONTROL_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(coordinator_module, "DESCRIBE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(coordinator_module, "TELL_TIMEOUT_S", 0.02)
     coordinator, controls = make()
     await coordinator.start()
     await coordinator.close()
@@ -126,8 +156,7 @@ async def test_a_new_coordinator_goes_on_after_the_epochs_of_the_one_before() ->
     await first.close()
     for control in controls.values():
         control.epoch = 41
-    topology = Topology.even(4, [ShardLocation(number, "") for number in controls])
-    second = Coordinator(topology, controls, population_interval_s=0.01)
+    second, _ = make_for(controls)
     await second.start()
     await second.close()
     assert second.topology.epoch == 42
@@ -136,8 +165,94 @@ async def test_a_new_coordinator_goes_on_after_the_epochs_of_the_one_before() ->
 
 async def test_every_shard_gets_the_sums_of_all_that_answer() -> None:
     coordinator, controls = make()
+    await coordinator.look()
     await coordinator.share_population()
     assert controls[2].population == [b"0", b"1", b"2"]
+    # What a shard that is away has counted does not leave the population, and comes to whoever is back.
     controls[1].away = True
+    controls[0].sums = b"more"
+    await coordinator.look()
     await coordinator.share_population()
-    assert controls[2].population == [b"0", b"2"]
+    assert controls[2].population == [b"more", b"1", b"2"]
+    assert controls[1].population == [b"0", b"1", b"2"]
+    controls[1].away = False
+    await coordinator.look()
+    await coordinator.share_population()
+    assert controls[1].population == [b"more", b"1", b"2"]
+
+
+async def test_a_shard_that_recovers_has_a_place_and_is_not_asked_for_its_sums() -> None:
+    coordinator, controls = make()
+    controls[1].state, controls[1].progress = "recovering", 0.43
+    await coordinator.start()
+    await coordinator.close()
+    assert coordinator.topology.shards[1].address == "host:1"
+    assert coordinator.standings[1] == Standing("recovering", 0.43)
+    await coordinator.share_population()
+    assert controls[0].population == [b"0", b"2"]
+    controls[1].state, controls[1].progress = "serving", 1.0
+    await coordinator.look()
+    await coordinator.share_population()
+    assert controls[0].population == [b"0", b"1", b"2"]
+
+
+async def test_a_shard_that_does_not_answer_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coordinator_module, "FIRST_LOOK_S", 0.02)
+    monkeypatch.setattr(coordinator_module, "TELL_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(coordinator_module, "WATCH_INTERVAL_S", 0.002)
+    coordinator, controls = make()
+    controls[0].hanging = True
+    await coordinator.start()
+    try:
+        assert [shard.address for shard in coordinator.topology.shards] == ["", "host:1", "host:2"]
+        assert coordinator.standings[0].state == "starting"
+        controls[1].restart("host:9")
+        # The shard that hangs is being looked at meanwhile, for DESCRIBE_TIMEOUT_S.
+        await until(lambda: coordinator.topology.shards[1].address == "host:9" and bool(controls[1].owned))
+        assert controls[1].epoch == coordinator.topology.epoch
+    finally:
+        await coordinator.close()
+
+
+async def test_a_shard_that_failed_stands_so_and_its_message_with_it() -> None:
+    coordinator, controls = make()
+    controls[0].state, controls[0].message = "failed", "its log is damaged"
+    controls[1].dead = True
+    await coordinator.look()
+    assert coordinator.standings == {
+        0: Standing("failed", 1.0, "its log is damaged"),
+        1: Standing("failed", message="its constructor raised"),
+        2: Standing("serving", 1.0),
+    }
+
+
+async def test_an_epoch_is_durable_before_a_shard_hears_of_it() -> None:
+    controls = {number: Control(number) for number in range(3)}
+    coordinator, ledger = make_for(controls, epoch=7)
+    await coordinator.start()
+    await coordinator.close()
+    for address in ("host:7", "host:8"):
+        controls[1].restart(address)
+        await coordinator.look()
+    assert ledger.epochs == [8, 9, 10]
+    assert all(known < epoch for known, epoch in zip(ledger.known_before, ledger.epochs, strict=True))
+
+
+async def test_a_service_that_is_started_again_goes_on_after_the_last_durable_epoch() -> None:
+    controls = {number: Control(number) for number in range(3)}
+    for control in controls.values():
+        control.epoch = 0
+    coordinator, _ = make_for(controls, epoch=41)
+    await coordinator.start()
+    await coordinator.close()
+    assert coordinator.topology.epoch == 42
+    assert {control.epoch for control in controls.values()} == {42}
+
+
+async def test_a_disk_that_fails_keeps_no_shard_from_being_found() -> None:
+    controls = {number: Control(number) for number in range(3)}
+    coordinator, ledger = make_for(controls)
+    ledger.error = OSError("no room")
+    await coordinator.start()
+    await coordinator.close()
+    assert coordinator.topology.shards[2].address == "host:2"

@@ -198,7 +198,7 @@ def test_a_data_directory_or_a_schema_that_cannot_be_used_is_said_at_once(tmp_pa
 
 SERVE = """
 import sys, threading
-from profile_service.config import Settings, Storage
+from profile_service.config import Settings
 from profile_service.launcher import Service
 service = Service.start(Settings(shards=1, grpc_port=0, http_port=0))
 print(service.grpc_address, flush=True)

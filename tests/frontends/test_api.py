@@ -114,7 +114,7 @@ async def test_topology_and_status_show_every_shard_also_one_that_is_away() -> N
         assert [(r.first_partition, r.last_partition, r.shard_id) for r in answer.ranges] == [(0, 7, 0), (8, 15, 1)]
         status = admin_service_pb2.GetStatusResponse.FromString(await api.call(ADMIN + "GetStatus", b"", GRPC))
         assert [shard.state for shard in status.shards] == ["serving", "serving"]
-        assert (status.user_count, status.event_count, status.sync_mode) == (20, 20, "memory")
+        assert (status.user_count, status.event_count, status.sync_mode) == (20, 20, "always")
         assert all(s.pid and s.cpu_seconds and s.resident_bytes and s.address for s in status.shards)
         assert status.bytes_per_user > 0
         await cluster.cut(1)

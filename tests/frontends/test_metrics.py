@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -80,6 +78,25 @@ def test_shards_are_read_when_a_scrape_asks() -> None:
     assert ("profile_service_shard_users", ("1",)) not in samples(metrics)
 
 
+def test_what_a_recovery_would_cost_and_how_a_shard_does_are_there_to_be_watched() -> None:
+    metrics = Metrics()
+    serving = GetStatusResponse.ShardStatus(
+        shard_id=0, state="serving", log_position=900, snapshot_position=600, log_bytes=1 << 20
+    )
+    serving.snapshot_time.FromMilliseconds(1_500)
+    recovering = GetStatusResponse.ShardStatus(shard_id=1, state="recovering", recovery_progress=0.43)
+    metrics.watch_shards(lambda: [serving, recovering])
+    found = samples(metrics)
+    assert found["profile_service_shard_replay_bytes", ("0",)] == 300
+    assert found["profile_service_shard_log_bytes", ("0",)] == 1 << 20
+    assert found["profile_service_shard_snapshot_timestamp_seconds", ("0",)] == 1.5
+    assert found["profile_service_shard_snapshot_timestamp_seconds", ("1",)] == 0
+    assert found["profile_service_shard_recovery_progress", ("1",)] == 0.43
+    states = {labels: value for (name, labels), value in found.items() if name == "profile_service_shard_state"}
+    assert [labels for labels, value in states.items() if value] == [("0", "serving"), ("1", "recovering")]
+    assert len(states) == 2 * len(subject.SHARD_STATES)
+
+
 def test_before_anything_is_known_there_are_no_users() -> None:
     found = samples(Metrics())
     assert found["profile_service_users", ()] == 0
@@ -93,16 +110,13 @@ def test_two_frontends_in_one_process_count_apart() -> None:
 
 def test_every_series_is_documented_at_the_top_of_the_module() -> None:
     metrics = Metrics()
-    metrics.watch_shards(lambda: [SimpleNamespace(**dict.fromkeys(SHARD_FIELDS, 1))])
+    metrics.watch_shards(lambda: [GetStatusResponse.ShardStatus()])
     metrics.call(GET, "grpc", grpc.StatusCode.OK, 1.0)
     assert subject.__doc__ is not None
     for family in text_string_to_metric_families(metrics.render().decode()):
         name = family.name + ("_total" if family.type == "counter" else "")
         assert name in subject.__doc__
         assert family.documentation
-
-
-SHARD_FIELDS = [field.name for field in GetStatusResponse.ShardStatus.DESCRIPTOR.fields]
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[str, ...]], float]:

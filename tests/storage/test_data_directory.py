@@ -166,6 +166,9 @@ def test_a_damaged_epoch_is_said_and_not_guessed(fs: FileSystem, made: Path, con
     (made / EPOCH).write_bytes(content)
     with pytest.raises(DataLoss, match=r"epoch\.json is damaged"):
         EpochFile(fs, made).read()
+    (made / EPOCH).unlink()
+    with pytest.raises(DataLoss, match=r"epoch\.json is damaged or missing"):
+        EpochFile(fs, made).read()
 
 
 class Interrupted(Exception):
