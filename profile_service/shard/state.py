@@ -167,6 +167,9 @@ class ShardState:
         """A copy that begins now, to be taken in small steps while the state goes on."""
         return StateCopy(self)
 
+    def finish_copy(self) -> None:
+        """The copy that was begun last is taken, or given up."""
+
     def stamp_rows(self, rows: NDArray[np.int64], stamp: int) -> None:
         """Notes that a snapshot's block of this stamp brought the rows; for `load`."""
         if self._stamps is None:

@@ -224,6 +224,12 @@ class SnapshotStore:
         writer: SnapshotWriter = await self._run(lambda: self._begin(replay_position, created_ns))
         return writer
 
+    async def trim_position(self) -> int | None:
+        """Up to where no kept snapshot needs the log; None while there is only one, which may be damaged one day."""
+        found: list[SnapshotInfo] = await self._run(self.list)
+        whole = [info for info in found if not info.damage]
+        return whole[KEPT - 1].replay_position if len(whole) >= KEPT else None
+
     def _begin(self, replay_position: int, created_ns: int) -> SnapshotWriter:
         self._fs.make_directory(self._directory)
         newest = 0

@@ -1,0 +1,283 @@
+"""One snapshot after the other, each taken while its shard goes on.
+
+    idle ──due, or asked for──▶ copying ──last block──▶ publishing ──▶ trim the log ──▶ idle
+                                   │                        │
+                                   └──────── disk full ─────┴──▶ abandoned; again after a while
+
+The commit loop calls `step` between two groups: the state is then that of the log's end, which is the stamp of the one
+block that a step copies. A few buffers lie between the steps and the writer, who works elsewhere: a step waits for
+nothing, and copies nothing while the buffers are full. The writer syncs every few MB and holds a pace, so that no sync
+of the log finds a long queue before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profile_service.clock import Clock
+from profile_service.domain.decay import NS
+from profile_service.errors import StorageFull, Unavailable
+from profile_service.shard.state import ShardState
+from profile_service.shard.state_blocks import StateCopy
+from profile_service.storage.fs import DiskFull
+from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
+
+BUFFERS = 4
+"""Blocks that are copied and not yet written."""
+
+SYNC_BYTES = 4 << 20
+"""Written between two syncs: what a sync of the log may have to wait for."""
+
+RETRY_S = 30.0
+"""After how long a snapshot that found the disk full is tried again."""
+
+logger = logging.getLogger(__name__)
+
+
+class Log(Protocol):
+    """What a snapshot needs of the log."""
+
+    @property
+    def position(self) -> int:
+        """Of the next record."""
+
+    async def make_durable(self) -> None:
+        """Returns when everything appended is on the disk, whenever else the log would sync it."""
+
+    async def trim(self, position: int) -> None:
+        """Gives up what stands before `position`."""
+
+
+class Snapshotter:
+    """Takes the snapshots of one shard.
+
+    Args:
+        state: as of the end of `log` whenever `step` is called.
+        last: the newest snapshot that there is.
+        log_bytes: bytes of log after which the next one is due.
+        interval_s: seconds after which the next one is due, if anything was logged.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        state: ShardState,
+        log: Log,
+        *,
+        clock: Clock,
+        last: SnapshotInfo | None,
+        log_bytes: int,
+        interval_s: float,
+    ) -> None:
+        self._store = store
+        self._state = state
+        self._log = log
+        self._clock = clock
+        self._log_bytes = log_bytes
+        self._interval_ns = int(interval_s * NS)
+        self._ready: Callable[[], None] = lambda: None
+        self._spaces: deque[NDArray[np.uint8]] = deque()
+        self._running: _Running | None = None
+        self._requests: list[asyncio.Future[int]] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._begun_ns = last.created_ns if last is not None else clock()
+        self._retry_ns = 0
+        self.last_position = last.replay_position if last is not None else 0
+        """Log position from which a recovery with the newest snapshot replays; 0 before the first one."""
+        self.last_time_ns = last.created_ns if last is not None else 0
+        """When the newest snapshot was begun; 0 before the first one."""
+        self.problem = ""
+        """Why there is no newer snapshot, for people; empty while nothing is wrong."""
+
+    def on_ready(self, ready: Callable[[], None]) -> None:
+        """`ready` is called when `step` has something to do again."""
+        self._ready = ready
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a snapshot is being taken."""
+        return self._running is not None
+
+    def request(self) -> Awaitable[int]:
+        """A snapshot that begins at the next step, or behind the one under way: the log position at its beginning, once
+        it is published.
+
+        Raises:
+            StorageFull: the disk has no room for it.
+            Unavailable: the shard is closing.
+        """
+        if self._closed or self._failure is not None:
+            raise Unavailable("the shard is shutting down", retry_after_s=1.0)
+        published: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._requests.append(published)
+        return published
+
+    async def step(self) -> bool:
+        """Copies one block, if a snapshot is under way, and begins one that is due. Returns whether there is more to do
+        at once.
+
+        Called when everything that was appended to the log is applied, and nothing else is. Raises what ended the
+        writer, other than a full disk: the shard is to end, too.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._running is None:
+            if self._closed or not self._is_due():
+                return False
+            self._begin()
+        assert self._running is not None
+        return self._running.copy_block(self._log.position)
+
+    async def close(self) -> None:
+        """Abandons the snapshot under way; one that is complete is still published."""
+        self._closed = True
+        if self._running is not None:
+            self._running.stop()
+            await asyncio.wait([self._running.task])
+        self._refuse(self._requests, Unavailable("the shard is shutting down", retry_after_s=1.0))
+
+    def _is_due(self) -> bool:
+        if self._requests:
+            return True
+        now_ns = self._clock()
+        logged = self._log.position - self.last_position
+        if not logged or now_ns < self._retry_ns:
+            return False
+        return logged >= self._log_bytes or now_ns >= self._begun_ns + self._interval_ns
+
+    def _begin(self) -> None:
+        copy = self._state.copy_blocks()
+        while len(self._spaces) < BUFFERS or len(self._spaces[0]) < copy.space_bytes:
+            self._spaces.append(np.empty(copy.space_bytes, np.uint8))
+            if len(self._spaces) > BUFFERS:
+                self._spaces.popleft()
+        self._begun_ns = self._clock()
+        waiting, self._requests = self._requests, []
+        running = _Running(copy, self._log.position, self._begun_ns, self._spaces, waiting)
+        running.task = asyncio.create_task(self._take(running))
+        self._running = running
+
+    async def _take(self, running: _Running) -> None:
+        try:
+            info = await self._write(running)
+        except DiskFull as error:
+            self._retry_ns = self._clock() + int(RETRY_S * NS)
+            self.problem = f"no room for a snapshot: {error}"
+            logger.error("%s; it is tried again in %g s", self.problem, RETRY_S)
+            self._refuse(running.waiting, StorageFull(self.problem, retry_after_s=RETRY_S))
+        except BaseException as error:  # noqa: BLE001 -- raised again by `step`, in the commit loop
+            self._failure = error
+            self._refuse(running.waiting, Unavailable(f"the snapshot failed: {error}", retry_after_s=1.0))
+        else:
+            if info is None:
+                self._refuse(running.waiting, Unavailable("the shard is shutting down", retry_after_s=1.0))
+            else:
+                self.last_position, self.last_time_ns, self.problem = info.replay_position, info.created_ns, ""
+                for waiting in running.waiting:
+                    if not waiting.done():
+                        waiting.set_result(info.replay_position)
+        finally:
+            self._state.finish_copy()
+            self._running = None
+            self._ready()
+
+    async def _write(self, running: _Running) -> SnapshotInfo | None:
+        """Writes blocks as they come and publishes the snapshot; None when it was stopped before its end."""
+        writer = await self._store.begin(running.position, running.begun_ns)
+        unsynced = 0
+        try:
+            while (filled := await running.filled.get()) is not None:
+                await writer.write(filled.kind, filled.stamp, [filled.payload])
+                unsynced += len(filled.payload)
+                running.give_back(filled.space)
+                self._ready()
+                if unsynced >= SYNC_BYTES:
+                    await writer.sync()
+                    unsynced = 0
+            if not running.is_complete:
+                await writer.abandon()
+                return None
+            # What a snapshot says was copied at a position must not be lost from the log.
+            await self._log.make_durable()
+            info = await writer.publish()
+        except DiskFull:
+            await writer.abandon()
+            raise
+        position = await self._store.trim_position()
+        if position is not None:
+            await self._log.trim(position)
+        return info
+
+    def _refuse(self, waiting: list[asyncio.Future[int]], error: Exception) -> None:
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+                # Whoever waited may have gone away; the error is then nobody's.
+                future.exception()
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A block that waits to be written, in its space."""
+
+    kind: int
+    stamp: int
+    payload: memoryview
+    space: NDArray[np.uint8]
+
+
+class _Running:
+    """A snapshot under way, between those who copy and the one who writes."""
+
+    task: asyncio.Task[None]
+
+    def __init__(
+        self,
+        copy: StateCopy,
+        position: int,
+        begun_ns: int,
+        spaces: deque[NDArray[np.uint8]],
+        waiting: list[asyncio.Future[int]],
+    ) -> None:
+        self.position = position
+        self.begun_ns = begun_ns
+        self.waiting = waiting
+        self.filled: asyncio.Queue[_Filled | None] = asyncio.Queue()
+        self.is_complete = False
+        """Whether every block was copied."""
+        self._copy = copy
+        self._spaces = spaces
+        self._stopped = False
+
+    def copy_block(self, position: int) -> bool:
+        """Copies a block, as of `position`, if there is a free space; returns whether the next one can follow."""
+        if self.is_complete or self._stopped or not self._spaces:
+            return False
+        space = self._spaces.popleft()
+        block = self._copy.step(space)
+        if block is None:
+            self.is_complete = True
+            self._spaces.append(space)
+            self.filled.put_nowait(None)
+            return False
+        self.filled.put_nowait(_Filled(block[0], position, block[1], space))
+        return bool(self._spaces)
+
+    def give_back(self, space: NDArray[np.uint8]) -> None:
+        """The block in the space is written."""
+        self._spaces.append(space)
+
+    def stop(self) -> None:
+        """Nothing more is copied; what is complete is still written."""
+        if not self.is_complete and not self._stopped:
+            self._stopped = True
+            self.filled.put_nowait(None)
