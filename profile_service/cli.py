@@ -14,6 +14,7 @@ from profile_service.commands.get import get
 from profile_service.commands.ingest import ingest
 from profile_service.commands.schema import check
 from profile_service.commands.serve import serve
+from profile_service.commands.snapshot import snapshot
 from profile_service.commands.status import status
 from profile_service.commands.terminal import exit_status_of
 
@@ -31,7 +32,7 @@ bench_app = typer.Typer(
 )
 schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_help=True)
 
-for command in (serve, demo, ingest, get, status):
+for command in (serve, demo, ingest, get, status, snapshot):
     app.command()(command)
 for benchmark in (bench.ingest,):
     bench_app.command()(benchmark)

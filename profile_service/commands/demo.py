@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from profile_service.commands.options import flag
@@ -40,34 +38,35 @@ def demo(
     from profile_service.commands.send import replay
     from profile_service.commands.service import StopSignal, free_port, running
     from profile_service.commands.terminal import stderr, stdout
-    from profile_service.config import Settings, Storage
+    from profile_service.config import Settings
     from profile_service.sample import load_sample
     from profile_service.sample.shoppers import shopper_id
 
     out, remarks = stdout(), stderr()
     host = "127.0.0.1"
-    with tempfile.TemporaryDirectory(prefix="profile-service-demo-") as data_dir:
-        settings = Settings(
-            storage=Storage(data_dir=Path(data_dir)),
-            shards=shards,
-            host=host,
-            grpc_port=free_port(host, DEFAULT_GRPC_PORT, remarks.print) if grpc_port is None else grpc_port,
-            http_port=free_port(host, DEFAULT_HTTP_PORT, remarks.print) if http_port is None else http_port,
-        )
-        stop = StopSignal()
-        with running(settings, stop) as service:
-            print(f"ready: gRPC {service.grpc_address}, REST http://{service.http_address}", flush=True)
-            sample = load_sample()
-            replay(sample.serialized(time.time_ns()), len(sample.events), service.grpc_address, remarks, stop)
-            if stop.asked:
-                return
-            user_id = shopper_id(SHOWN_SHOPPER)
-            profile, schema = read_profile(service.grpc_address, user_id)
-            out.print(render_shopper(sample, profile, schema, SHOWN_SHOPPER))
-            out.print(ways_to_ask(user_id, service.grpc_address, service.http_address), markup=False, soft_wrap=True)
-            if not exit_after_replay:
-                print("serving until Ctrl-C", flush=True)
-                stop.wait()
+    # Without a data directory the service makes one that goes when it does.
+    settings = Settings(
+        shards=shards,
+        host=host,
+        grpc_port=free_port(host, DEFAULT_GRPC_PORT, remarks.print) if grpc_port is None else grpc_port,
+        http_port=free_port(host, DEFAULT_HTTP_PORT, remarks.print) if http_port is None else http_port,
+    )
+    stop = StopSignal()
+    with running(settings, stop) as service:
+        if stop.asked:
+            return
+        print(f"ready: gRPC {service.grpc_address}, REST http://{service.http_address}", flush=True)
+        sample = load_sample()
+        replay(sample.serialized(time.time_ns()), len(sample.events), service.grpc_address, remarks, stop)
+        if stop.asked:
+            return
+        user_id = shopper_id(SHOWN_SHOPPER)
+        profile, schema = read_profile(service.grpc_address, user_id)
+        out.print(render_shopper(sample, profile, schema, SHOWN_SHOPPER))
+        out.print(ways_to_ask(user_id, service.grpc_address, service.http_address), markup=False, soft_wrap=True)
+        if not exit_after_replay:
+            print("serving until Ctrl-C", flush=True)
+            stop.wait()
 
 
 def render_shopper(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 LIMITS, CAPACITY, STORAGE = Limits(), Capacity(), Storage()
 _LIMITS = "Limits: beyond them a request, or one event of it, is refused"
 _CAPACITY = "Capacity: beyond it callers are told to wait"
+TEMPORARY = "note: no --data-dir; profiles and log are in a temporary directory, and gone when the service ends"
 _STORAGE = "Storage: what a crash can cost, and how long a restart takes"
 
 Schema = Annotated[str, flag("--schema", "Schema file, or a shipped schema: marketplace, retail.", metavar="FILE")]
@@ -161,6 +162,8 @@ def serve(
         ),
         drain_timeout_s=drain_timeout_s,
     )
+    if data_dir is None:
+        print(TEMPORARY, flush=True)
     stop = StopSignal()
     with running(settings, stop) as service:
         if not stop.asked:

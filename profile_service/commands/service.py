@@ -54,7 +54,7 @@ def running(settings: Settings, stop: StopSignal) -> Iterator[Service]:
     with stderr().status("starting") as progress:
         from profile_service.launcher import Service
 
-        service = Service.start(settings, progress.update)
+        service = Service.start(settings, progress.update, lambda: stop.asked)
     try:
         yield service
     finally:

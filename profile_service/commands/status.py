@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from profile_service.commands.options import DEFAULT_ADDRESS, Address, Json
+from profile_service.commands.terminal import plain
 
 if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
     from rich.console import RenderableType
+    from rich.table import Table
 
     from userprofile.v1 import admin_service_pb2
 
@@ -15,7 +18,6 @@ _SYNC_MODES = {
     "always": "synced to disk before each acknowledgement",
     "interval": "synced to disk at intervals",
     "never": "left to the operating system",
-    "memory": "in memory: nothing outlasts a stop",
 }
 
 
@@ -42,14 +44,9 @@ def status(address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
 
 def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType:
     """The answer as tables."""
-    from datetime import UTC, datetime
-
     from rich.console import Group
     from rich.table import Table
 
-    from profile_service.commands.terminal import plain
-
-    started = datetime.fromtimestamp(answer.start_time.seconds, UTC)
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.add_column(style="bold cyan")
     facts.add_column()
@@ -57,43 +54,85 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
         ("state", answer.state),
         ("version", answer.version),
         ("schema", answer.schema_name),
-        ("started", f"{started:%Y-%m-%d %H:%M:%S} UTC"),
+        ("started", _time(answer.start_time)),
         ("users", f"{answer.user_count:,}"),
         ("events", f"{answer.event_count:,}"),
         ("bytes a user", f"{answer.bytes_per_user:,.0f}"),
+        ("data directory", answer.data_dir),
         ("log", _SYNC_MODES.get(answer.sync_mode, answer.sync_mode)),
         ("event ids", f"{answer.dedupe_window_seconds / 3600:g} h, {answer.dedupe_capacity:,} a shard at most"),
         ("topology", f"epoch {answer.epoch}, {len(answer.shards)} shards"),
     ):
         facts.add_row(name, plain(value))
-    shards = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan")
-    for title in ("shard", "state", "address"):
-        shards.add_column(title)
-    for title in (
-        "users",
-        "events",
-        "duplicates",
-        "state MB",
-        "queued kB",
-        "log position",
-        "resident MB",
-        "CPU s",
-        "pid",
-    ):
-        shards.add_column(title, justify="right")
+    # One table would not fit into 80 columns.
+    return Group(facts, "", _processes(answer), "", _counted(answer), "", _stored(answer), *_remarks(answer))
+
+
+def _processes(answer: admin_service_pb2.GetStatusResponse) -> Table:
+    """Where each shard is, and how it does."""
+    table = _table(("shard", "state", "address"), ("pid", "resident MB", "CPU s"))
     for shard in answer.shards:
-        shards.add_row(
+        recovering = shard.state == "recovering"
+        table.add_row(
             str(shard.shard_id),
-            plain(shard.state),
+            plain(f"{shard.state}, {shard.recovery_progress:.0%}" if recovering else shard.state),
             plain(shard.address),
+            str(shard.pid),
+            f"{shard.resident_bytes / 1e6:,.0f}",
+            f"{shard.cpu_seconds:,.1f}",
+        )
+    return table
+
+
+def _counted(answer: admin_service_pb2.GetStatusResponse) -> Table:
+    """What each shard has counted, and what is on its way."""
+    table = _table(("shard",), ("users", "events", "duplicates", "state MB", "queued kB"))
+    for shard in answer.shards:
+        table.add_row(
+            str(shard.shard_id),
             f"{shard.user_count:,}",
             f"{shard.event_count:,}",
             f"{shard.duplicate_count:,}",
             f"{shard.state_bytes / 1e6:,.1f}",
             f"{shard.queued_bytes / 1e3:,.1f}",
-            f"{shard.log_position:,}",
-            f"{shard.resident_bytes / 1e6:,.0f}",
-            f"{shard.cpu_seconds:,.1f}",
-            str(shard.pid),
         )
-    return Group(facts, "", shards)
+    return table
+
+
+def _stored(answer: admin_service_pb2.GetStatusResponse) -> Table:
+    """What each shard has on disk, and how much of it a recovery would replay."""
+    table = _table(("shard",), ("log position", "log MB", "to replay MB", "last snapshot"))
+    for shard in answer.shards:
+        table.add_row(
+            str(shard.shard_id),
+            f"{shard.log_position:,}",
+            f"{shard.log_bytes / 1e6:,.1f}",
+            f"{(shard.log_position - shard.snapshot_position) / 1e6:,.1f}",
+            _time(shard.snapshot_time) if shard.HasField("snapshot_time") else "none yet",
+        )
+    return table
+
+
+def _remarks(answer: admin_service_pb2.GetStatusResponse) -> list[RenderableType]:
+    """What the shards have to say."""
+    from rich.text import Text
+
+    said = [Text(f"shard {shard.shard_id}: {plain(shard.message)}") for shard in answer.shards if shard.message]
+    return ["", *said] if said else []
+
+
+def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan")
+    for title in left:
+        table.add_column(title)
+    for title in right:
+        table.add_column(title, justify="right")
+    return table
+
+
+def _time(timestamp: Timestamp) -> str:
+    from datetime import UTC, datetime
+
+    return f"{datetime.fromtimestamp(timestamp.seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from profile_service.clock import system_clock
@@ -14,6 +16,13 @@ from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.frontends.server import Frontend
 from profile_service.shard.warm import warm_kernels
+
+FAILED_EXIT_STATUS = 70
+"""EX_SOFTWARE: it could not start again."""
+
+RESTART_PAUSE_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class FrontendActor:
@@ -44,7 +53,15 @@ class FrontendActor:
 
     async def _start(self, schema: Schema) -> None:
         # Loading the compiled kernels takes a third of a second, which the first batch shall not wait for.
-        await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_kernels, schema))
+        try:
+            await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_kernels, schema))
+        except Exception:
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                # Nobody waits to hear of it, as somebody does at the service's start. A new process tries again.
+                logger.exception("the frontend cannot start; it is tried again")
+                await asyncio.sleep(RESTART_PAUSE_S)
+                os._exit(FAILED_EXIT_STATUS)
+            raise
 
     async def drain(self) -> None:
         """Answers everything accepted, then serves no more. One that never served has nothing to answer."""
