@@ -1,4 +1,5 @@
-"""The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it.
+"""The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it. It serves
+from the first moment on: a stand-in says that the shard recovers until `serve` brings the shard itself.
 
 A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait.
 Requests are submitted without waiting for the one before, answers go out as they come, as many as are ready in one
@@ -12,18 +13,26 @@ import functools
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
 from profile_service.config import KIB, MIB, Settings
-from profile_service.errors import InvalidArgument, NotMine, ProfileServiceError, ResourceExhausted
-from profile_service.shard.shard import Shard
+from profile_service.errors import (
+    InvalidArgument,
+    NotMine,
+    ProfileServiceError,
+    ResourceExhausted,
+    StorageFull,
+    Unavailable,
+)
+from profile_service.shard.health import Health
+from profile_service.shard.shard import ShardCounters
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "userprofile.internal.v1.ShardService"
@@ -49,16 +58,40 @@ ApplyStatus = shard_pb2.ApplyResponse.Status
 ReadStatus = shard_pb2.ReadResponse.Status
 
 
+class ServedShard(Protocol):
+    """What is served: a `Shard`, or what stands in for it."""
+
+    epoch: int
+
+    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+        """As Shard.submit."""
+
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+        """As Shard.read."""
+
+    def population_profile(self, features: Sequence[str]) -> bytes:
+        """As Shard.population_profile."""
+
+    def acknowledged(self, producer_id: str) -> int:
+        """As Shard.acknowledged."""
+
+    async def create_snapshot(self) -> int:
+        """As Shard.create_snapshot."""
+
+    def status(self) -> ShardCounters:
+        """As Shard.status."""
+
+
 class ShardServer:
     """Serves one shard on a port of its own.
 
     Args:
-        state: gives "serving" or "recovering".
+        health: how the shard does.
     """
 
-    def __init__(self, shard: Shard, settings: Settings, state: Callable[[], str] = lambda: "serving") -> None:
+    def __init__(self, shard: ServedShard, settings: Settings, health: Health) -> None:
         self._shard = shard
-        self._state = state
+        self._health = health
         self._window_bytes = settings.capacity.owner_window_bytes
         self._settings = settings
         self._server = aio.server(
@@ -82,6 +115,10 @@ class ShardServer:
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._settings.host, self._settings.host)  # noqa: S104
         return replace(self._settings, host=reachable).address(port)
 
+    def serve(self, shard: ServedShard) -> None:
+        """From now on this is the shard."""
+        self._shard = shard
+
     async def stop(self, grace_s: float) -> None:
         """Ends: takes no new call, and gives those that run so long to end."""
         await self._server.stop(grace_s)
@@ -101,6 +138,11 @@ class ShardServer:
                     self._get_status,
                     request_deserializer=shard_pb2.GetShardStatusRequest.FromString,
                     response_serializer=shard_pb2.GetShardStatusResponse.SerializeToString,
+                ),
+                "CreateSnapshot": grpc.unary_unary_rpc_method_handler(
+                    self._create_snapshot,
+                    request_deserializer=shard_pb2.CreateSnapshotRequest.FromString,
+                    response_serializer=shard_pb2.CreateSnapshotResponse.SerializeToString,
                 ),
             },
         )
@@ -128,7 +170,8 @@ class ShardServer:
             submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch))
             # `submit` takes or refuses before it first waits.
             await asyncio.sleep(0)
-            full = submission.done() and isinstance(submission.exception(), ResourceExhausted)
+            refusal = submission.exception() if submission.done() else None
+            full = isinstance(refusal, ResourceExhausted) and not isinstance(refusal, StorageFull)
             if not full or asyncio.get_running_loop().time() >= give_up_at:
                 return submission
             await asyncio.sleep(OVERLOAD_POLL_S)
@@ -188,14 +231,27 @@ class ShardServer:
     async def _get_producer(
         self, request: shard_pb2.GetProducerRequest, context: ServerContext
     ) -> shard_pb2.GetProducerResponse:
-        return shard_pb2.GetProducerResponse(acknowledged_sequence=self._shard.acknowledged(request.producer_id))
+        try:
+            return shard_pb2.GetProducerResponse(acknowledged_sequence=self._shard.acknowledged(request.producer_id))
+        except Unavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+
+    async def _create_snapshot(
+        self, request: shard_pb2.CreateSnapshotRequest, context: ServerContext
+    ) -> shard_pb2.CreateSnapshotResponse:
+        try:
+            return shard_pb2.CreateSnapshotResponse(log_position=await self._shard.create_snapshot())
+        except StorageFull as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, error.message)
+        except Unavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
 
     async def _get_status(
         self, request: shard_pb2.GetShardStatusRequest, context: ServerContext
     ) -> shard_pb2.GetShardStatusResponse:
         counters = self._shard.status()
         return shard_pb2.GetShardStatusResponse(
-            state=self._state(),
+            state=self._health.state,
             epoch=self._shard.epoch,
             user_count=counters.user_count,
             event_count=counters.event_count,
@@ -208,6 +264,11 @@ class ShardServer:
             cpu_seconds=time.process_time(),
             pid=os.getpid(),
             sync_mode=counters.sync_mode,
+            recovery_progress=self._health.progress,
+            message=self._health.message,
+            log_bytes=counters.log_bytes,
+            snapshot_position=counters.snapshot_position,
+            snapshot_time_ns=counters.snapshot_time_ns,
         )
 
 
@@ -287,6 +348,8 @@ def _apply_status(error: ProfileServiceError, *, refused: bool) -> ApplyStatus.V
     match error:
         case NotMine():
             return ApplyStatus.STATUS_NOT_MINE
+        case StorageFull():
+            return ApplyStatus.STATUS_FULL
         case ResourceExhausted():
             return ApplyStatus.STATUS_OVERLOADED
         case InvalidArgument():

@@ -1,17 +1,21 @@
 """One shard: the single writer of its users' profiles, without Ray, gRPC or a disk.
 
-    submit ─▶ queue (bounded in bytes) ─▶ run: take all that waits ─▶ check ─▶ append ─▶ sync ─▶ apply ─▶ answer
-                                                                                           ▲
-    read ──────────────────────────────────────────── between two slices of applying ──────┘
+    submit ─▶ queue (bounded in bytes) ─▶ run: take all that waits ─▶ check ─▶ log: append, sync ─▶ apply ─▶ answer
+                                           ▲       │                                          ▲
+                 a block of a snapshot ────┘       └▶ a full disk refuses the group           └── read, between slices
 
-Everything is checked before it is appended, so that applying cannot fail: what is readable is durable, what is answered
-is both. While one group syncs, the next one gathers. Applying runs on the loop in slices of about a millisecond; a read
-between two of them sees whole events only.
+Everything is checked, and room in the log is made sure of, before anything changes, so that applying cannot fail: what
+is readable is durable, what is answered is both. While one group syncs, the next one gathers. Applying runs on the loop
+in slices of about a millisecond; a read between two of them sees whole events only.
+
+A record of the log holds only what is counted: what was counted before is left out when the record is made, so that
+a replay does not decide again. The state is a function of the log alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,30 +27,46 @@ from numpy.typing import NDArray
 from profile_service.clock import Clock
 from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
-from profile_service.domain.decay import NS
 from profile_service.domain.population import Population
-from profile_service.domain.schema import Schema
-from profile_service.domain.table import ProfileTable
-from profile_service.errors import InvalidArgument, NotMine, ProfileServiceError, ResourceExhausted, Unavailable
-from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
-from profile_service.storage.log import Log
+from profile_service.errors import (
+    InvalidArgument,
+    NotMine,
+    ProfileServiceError,
+    ResourceExhausted,
+    StorageFull,
+    Unavailable,
+)
+from profile_service.shard.health import FULL, Health
+from profile_service.shard.log_records import (
+    RECORD_EVENTS,
+    RECORD_FORGET,
+    RECORD_OVERHEAD_BYTES,
+    encode_events,
+    encode_forget,
+)
+from profile_service.shard.snapshotter import Snapshotter
+from profile_service.shard.state import ShardState
+from profile_service.storage.fs import DiskFull
+from profile_service.storage.wal import WriteAheadLog
 from profile_service.wire.decode import decode_events
+from profile_service.wire.gather import gather_events
 from profile_service.wire.plan import WirePlan
 from userprofile.internal.v1 import shard_pb2
 
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""
 
-EXPIRY_INTERVAL_S = 1.0
+IDLE_INTERVAL_S = 1.0
+"""How often a shard without work looks for what time alone brings: profiles to forget, a snapshot that is due, room on
+a disk that was full."""
+
 EXPIRY_ROWS = 1 << 16
 """Rows looked at for the TTL at a time."""
 
-RECORD_EVENTS = 1
-"""A part as it came: an encoded ApplyRequest.Part."""
-RECORD_FORGET = 2
-"""User ids whose profiles are removed, each behind its length in two bytes."""
+FULL_RETRY_S = 2.0
+"""When a caller may try again on a full disk."""
 
-_EVENTS_TAG = bytes([shard_pb2.ApplyRequest.Part.EVENTS_FIELD_NUMBER << 3 | 2])
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,6 +81,9 @@ class ShardCounters:
     duplicate_count: int
     event_id_count: int
     sync_mode: str
+    log_bytes: int
+    snapshot_position: int
+    snapshot_time_ns: int
 
 
 @dataclass
@@ -72,13 +95,14 @@ class _Submission:
 
 
 @dataclass
-class _Applicable:
-    """A part that was checked and appended."""
+class _Checked:
+    """A part whose events can be counted."""
 
-    columns: EventColumns
+    part: shard_pb2.ApplyRequest.Part
     events: bytes
     """The part's events as they came."""
-    received_ns: int
+    columns: EventColumns
+    partitions: NDArray[np.int64]
 
 
 class Shard:
@@ -87,36 +111,39 @@ class Shard:
     Args:
         owned: the partitions that it owns.
         epoch: of the topology that says so.
+        state: what it holds, as of the end of `log`.
         log: where events are made durable before they are applied.
+        snapshotter: writes snapshots of `state`, a block between two groups.
         clock: for the moment of a read; what is written takes its time from the log.
+        health: hears when the disk is full, and when it no longer is.
     """
 
     def __init__(
         self,
         shard_id: int,
-        schema: Schema,
         *,
         partition_bits: int,
         owned: Iterable[int],
         epoch: int,
-        log: Log,
+        state: ShardState,
+        log: WriteAheadLog,
+        snapshotter: Snapshotter,
         capacity: Capacity,
         clock: Clock,
-        table: ProfileTable | None = None,
+        health: Health,
     ) -> None:
         self.shard_id = shard_id
-        self.schema = schema
+        self.schema = schema = state.schema
         self.epoch = epoch
         self._partition_shift = np.uint64(64 - partition_bits)
         self._owned = np.zeros(1 << partition_bits, dtype=np.bool_)
         self._owned[list(owned)] = True
+        self._state = state
         self._log = log
+        self._snapshotter = snapshotter
         self._capacity = capacity
         self._clock = clock
-        self._table = table if table is not None else ProfileTable(schema)
         self._plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
-        self._producers = ProducerSequences(1 << partition_bits, int(capacity.producer_window_s * NS))
-        self._event_ids = EventIdWindow(capacity.event_ids_per_shard, int(capacity.event_id_window_s * NS))
         self._population: Population | None = None
         self._feature_names = {feature.name for feature in schema.features}
         self._queue: deque[_Submission] = deque()
@@ -125,8 +152,8 @@ class Shard:
         self._wake = asyncio.Event()
         self._closed = False
         self._expiry_row = 0
-        self._event_count = 0
-        self._duplicate_count = 0
+        self._health = health
+        snapshotter.on_ready(self._wake.set)
 
     async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
         """Returns when every event of the parts is durable and readable.
@@ -146,9 +173,10 @@ class Shard:
                 f"shard {self.shard_id} has {self._queued_bytes} bytes waiting to be logged", retry_after_s=0.1
             )
         events = sum(part.event_count for part in parts)
-        if not self._table.has_room(self._queued_events + events, self._queued_bytes + size_bytes):
+        table = self._state.table
+        if not table.has_room(self._queued_events + events, self._queued_bytes + size_bytes):
             raise ResourceExhausted(
-                f"shard {self.shard_id} holds {len(self._table)} users and has no room for more", retry_after_s=10.0
+                f"shard {self.shard_id} holds {len(table)} users and has no room for more", retry_after_s=10.0
             )
         submission = _Submission(parts, size_bytes, epoch, asyncio.get_running_loop().create_future())
         self._queue.append(submission)
@@ -164,19 +192,23 @@ class Shard:
         An exception ends it, and with it the shard: what is on the log is the truth.
         """
         try:
-            while True:
-                group = await self._take_group()
-                if group:
+            while not self._closed or self._queue:
+                if self._queue:
+                    group = list(self._queue)
+                    self._queue.clear()
                     await self._commit(group)
-                elif self._closed:
-                    break
-                else:
-                    await self._forget_idle()
+                # Between two groups the state is that of the log's end: the moment for a block of a snapshot.
+                more = await self._snapshotter.step()
+                if not self._queue and not self._closed and not more:
+                    await self._idle()
+                elif more:
+                    await asyncio.sleep(0)
         except BaseException as error:
             self._closed = True
             self._fail_all(Unavailable(f"shard {self.shard_id} failed: {error}", retry_after_s=1.0))
             raise
         finally:
+            await self._snapshotter.close()
             await self._log.close()
 
     async def close(self) -> None:
@@ -184,31 +216,45 @@ class Shard:
         self._closed = True
         self._wake.set()
 
-    async def _take_group(self) -> list[_Submission]:
-        if not self._queue and not self._closed:
-            self._wake.clear()
-            try:
-                async with asyncio.timeout(EXPIRY_INTERVAL_S if self.schema.ttl_s is not None else None):
-                    await self._wake.wait()
-            except TimeoutError:
-                return []
-        group = list(self._queue)
-        self._queue.clear()
-        return group
+    async def create_snapshot(self) -> int:
+        """Returns when a snapshot that begins now is published: the log position from which a recovery replays.
+
+        Raises:
+            StorageFull: the disk has no room for it.
+            Unavailable: the shard is closing.
+        """
+        if self._closed:
+            raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
+        published = self._snapshotter.request()
+        self._wake.set()
+        return await published
+
+    async def _idle(self) -> None:
+        """Waits for work; where none comes, does what time alone brings."""
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(IDLE_INTERVAL_S):
+                await self._wake.wait()
+        except TimeoutError:
+            if self._health.state == FULL:
+                await self._make_room(0, 1)
+            else:
+                await self._forget_idle()
 
     async def _commit(self, group: list[_Submission]) -> None:
         try:
-            accepted = [(submission, work) for submission in group if (work := self._check(submission)) is not None]
-            for submission, work in accepted:
-                for part, applicable in zip(submission.parts, work, strict=True):
-                    self._log.append(RECORD_EVENTS, _record(part, applicable.events))
-            if accepted:
+            checked = [(submission, parts) for submission in group if (parts := self._check(submission)) is not None]
+            if checked and await self._make_room_for(checked):
+                applicable = [
+                    (submission, [work for part in parts if (work := self._append(part)) is not None])
+                    for submission, parts in checked
+                ]
                 await self._log.sync()
-            for submission, work in accepted:
-                for applicable in work:
-                    await self._apply(applicable)
-                if not submission.done.done():
-                    submission.done.set_result(None)
+                for submission, works in applicable:
+                    for columns, received_ns in works:
+                        await self._apply(columns, received_ns)
+                    if not submission.done.done():
+                        submission.done.set_result(None)
         except BaseException as error:
             for submission in group:
                 _fail(submission, Unavailable(f"shard {self.shard_id} failed: {error}", retry_after_s=1.0))
@@ -218,13 +264,13 @@ class Shard:
                 self._queued_bytes -= submission.size_bytes
                 self._queued_events -= sum(part.event_count for part in submission.parts)
 
-    def _check(self, submission: _Submission) -> list[_Applicable] | None:
-        """Decodes the submission's parts and leaves out what was counted before; None if it was refused whole."""
+    def _check(self, submission: _Submission) -> list[_Checked] | None:
+        """Decodes the submission's parts; None if it was refused whole."""
         try:
             # Owners may have changed meanwhile. What was routed by another epoch goes back whole, even if this shard
             # still owns it: the same producer's next batch must not overtake it.
             self._check_epoch(submission.epoch)
-            decoded = []
+            checked = []
             for part in submission.parts:
                 # Each access to the field copies it: once is enough.
                 events = part.events
@@ -236,53 +282,74 @@ class Shard:
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)
-                decoded.append((part, events, columns, partitions))
+                checked.append(_Checked(part, events, columns, partitions))
         except ProfileServiceError as error:
             _fail(submission, error)
             return None
-        return [
-            _Applicable(self._deduplicate(part, columns, partitions), events, part.arrival_time_ns)
-            for part, events, columns, partitions in decoded
-        ]
+        return checked
 
-    def _deduplicate(
-        self, part: shard_pb2.ApplyRequest.Part, columns: EventColumns, partitions: NDArray[np.int64]
-    ) -> EventColumns:
-        now_ns = part.arrival_time_ns
-        before = columns.count
-        if part.producer_id:
-            fresh = self._producers.admit(
-                part.producer_id, part.sequence, part.acknowledged_sequence, partitions, now_ns
-            )
-            if fresh is not None:
-                columns = columns.select(np.flatnonzero(fresh))
-        keys = columns.event_id_hash[: columns.count]
-        if keys.any():
-            fresh = self._event_ids.admit(keys, now_ns)
-            if fresh is not None:
-                columns = columns.select(np.flatnonzero(fresh))
-        self._duplicate_count += before - columns.count
-        return columns
+    async def _make_room_for(self, checked: list[tuple[_Submission, list[_Checked]]]) -> bool:
+        """Whether the log has room for the group; otherwise the group is refused, and nothing has changed."""
+        parts = [part for _, parts in checked for part in parts]
+        if await self._make_room(sum(len(part.events) + RECORD_OVERHEAD_BYTES for part in parts), len(parts)):
+            return True
+        for submission, _ in checked:
+            _fail(submission, StorageFull(self._health.message, retry_after_s=FULL_RETRY_S))
+        return False
 
-    async def _apply(self, work: _Applicable) -> None:
-        for start in range(0, work.columns.count, SLICE_EVENTS):
-            stop = min(start + SLICE_EVENTS, work.columns.count)
-            self._table.apply(work.columns, start, stop, work.received_ns)
+    async def _make_room(self, size_bytes: int, records: int) -> bool:
+        try:
+            await self._log.reserve(size_bytes, records)
+        except DiskFull as error:
+            if self._health.state != FULL:
+                logger.error("shard %d takes no writes: %s", self.shard_id, error)
+            self._health.full(f"shard {self.shard_id} takes no writes until its disk has room: {error}")
+            return False
+        if self._health.state == FULL:
+            logger.info("shard %d takes writes again", self.shard_id)
+            self._health.serving()
+        return True
+
+    def _append(self, checked: _Checked) -> tuple[EventColumns, int] | None:
+        """Appends what of a part was not counted before, and returns what is to be applied; None for nothing."""
+        part, columns, events = checked.part, checked.columns, checked.events
+        fresh = self._state.admit(
+            part.producer_id,
+            part.sequence,
+            part.acknowledged_sequence,
+            checked.partitions,
+            columns.event_id_hash[: columns.count],
+            part.arrival_time_ns,
+        )
+        if fresh is not None:
+            chosen = np.flatnonzero(fresh)
+            columns, events = columns.select(chosen), gather_events(events, chosen)
+        if not columns.count and not (part.producer_id and not part.event_count):
+            return None
+        self._log.append(RECORD_EVENTS, encode_events(part, events, columns.count))
+        return columns, part.arrival_time_ns
+
+    async def _apply(self, columns: EventColumns, received_ns: int) -> None:
+        for start in range(0, columns.count, SLICE_EVENTS):
+            stop = min(start + SLICE_EVENTS, columns.count)
+            self._state.apply(columns, start, stop, received_ns)
             if stop - start == SLICE_EVENTS:
                 await asyncio.sleep(0)
-        self._event_count += work.columns.count
 
     async def _forget_idle(self) -> None:
         """Removes the users of one stretch of rows who were not heard of for the schema's TTL, by way of the log."""
-        idle = self._table.idle(self._clock(), self._expiry_row, self._expiry_row + EXPIRY_ROWS)
+        table = self._state.table
+        idle = table.idle(self._clock(), self._expiry_row, self._expiry_row + EXPIRY_ROWS)
+        record = encode_forget(idle)
+        if idle and not await self._make_room(sum(map(len, record)), 1):
+            return
         self._expiry_row += EXPIRY_ROWS
-        if self._expiry_row >= self._table.users.high_water:
+        if self._expiry_row >= table.users.high_water:
             self._expiry_row = 0
         if idle:
-            self._log.append(RECORD_FORGET, [len(user).to_bytes(2, "little") + user for user in idle])
+            self._log.append(RECORD_FORGET, record)
             await self._log.sync()
-            for user in idle:
-                self._table.remove(user.decode())
+            self._state.forget(idle)
 
     def _fail_all(self, error: ProfileServiceError) -> None:
         for submission in self._queue:
@@ -306,7 +373,7 @@ class Shard:
             if not self._owned[xxhash.xxh64_intdigest(user_id.encode()) >> int(self._partition_shift)]:
                 raise NotMine(f"shard {self.shard_id} does not own user {user_id!r}", self.epoch)
         now_ns = self._clock()
-        return [self._table.profile(user_id, now_ns, features, self._population) for user_id in user_ids]
+        return [self._state.table.profile(user_id, now_ns, features, self._population) for user_id in user_ids]
 
     def _check_features(self, features: Sequence[str]) -> None:
         for index, name in enumerate(features):
@@ -316,11 +383,11 @@ class Shard:
 
     def acknowledged(self, producer_id: str) -> int:
         """The highest sequence up to which the producer is known to be acknowledged by every owner."""
-        return self._producers.acknowledged(producer_id)
+        return self._state.producers.acknowledged(producer_id)
 
     def population_state(self) -> bytes:
         """The sums over this shard's users, for `set_population` of every shard."""
-        return self._table.population.to_state(self._table.texts)
+        return self._state.table.population.to_state(self._state.table.texts)
 
     def set_population(self, states: Sequence[bytes]) -> None:
         """Takes the sums of all shards, this one's among them, as the population from now on."""
@@ -346,32 +413,18 @@ class Shard:
     def status(self) -> ShardCounters:
         """How the shard does."""
         return ShardCounters(
-            user_count=len(self._table),
-            event_count=self._event_count,
-            state_bytes=self._table.memory_bytes,
+            user_count=len(self._state.table),
+            event_count=self._state.event_count,
+            state_bytes=self._state.table.memory_bytes,
             log_position=self._log.position,
             queued_bytes=self._queued_bytes,
-            duplicate_count=self._duplicate_count,
-            event_id_count=len(self._event_ids),
+            duplicate_count=self._state.duplicate_count,
+            event_id_count=len(self._state.event_ids),
             sync_mode=self._log.sync_mode,
+            log_bytes=self._log.size_bytes,
+            snapshot_position=self._snapshotter.last_position,
+            snapshot_time_ns=self._snapshotter.last_time_ns,
         )
-
-
-def _record(part: shard_pb2.ApplyRequest.Part, events: bytes) -> tuple[bytes, ...]:
-    """The part encoded, without copying its events: the fields of a message may stand in any order."""
-    rest = shard_pb2.ApplyRequest.Part(
-        producer_id=part.producer_id,
-        sequence=part.sequence,
-        acknowledged_sequence=part.acknowledged_sequence,
-        arrival_time_ns=part.arrival_time_ns,
-        event_count=part.event_count,
-    ).SerializeToString()
-    size, length = len(events), bytearray()
-    while size > 0x7F:
-        length.append(size & 0x7F | 0x80)
-        size >>= 7
-    length.append(size)
-    return rest, _EVENTS_TAG, bytes(length), events
 
 
 def _fail(submission: _Submission, error: ProfileServiceError) -> None:

@@ -157,11 +157,21 @@ class ShardState:
 
     def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
         """Raises what `change_schema` would raise, and changes nothing."""
-        raise NotImplementedError
+        if schema.fingerprint != self.schema.fingerprint:
+            compare(self.schema, schema, reset_features).raise_faults()
 
-    def change_schema(self, schema: Schema, reset_features: Sequence[str], position: int | None = None) -> None:
-        """Rows are of `schema` from here on."""
-        raise NotImplementedError
+    def change_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
+        """Rows are of `schema` from here on; what they hold stays, but for the features that start anew.
+
+        Raises:
+            SchemaChangeRefused: rows of the schema before cannot become rows of this one.
+        """
+        if schema.fingerprint == self.schema.fingerprint:
+            # Of the same meaning, but perhaps of another text or time to live.
+            self.table.schema = schema
+        else:
+            self.table = migrate(self.table, schema, reset_features)
+        self.schema = schema
 
     def copy_blocks(self) -> StateCopy:
         """A copy that begins now, to be taken in small steps while the state goes on."""

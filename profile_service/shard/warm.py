@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
+import numpy as np
 
 from profile_service.clock import system_clock
 from profile_service.config import Capacity
+from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
-from profile_service.domain.table import ProfileTable
-from profile_service.shard.shard import Shard
-from profile_service.storage.log import MemoryLog
+from profile_service.shard.state import ShardState
+from profile_service.storage.snapshot import Block
+from profile_service.wire.decode import decode_events
+from profile_service.wire.plan import WirePlan
 from profile_service.wire.warm import compile_kernels
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
 
 
 def warm_kernels(schema: Schema) -> None:
-    """Takes a few events through the wire, and of every type through a shard of its own: decode, apply, read."""
+    """Takes a few events through the wire, and of every type through a state of its own: decode, admit, apply, read,
+    copy, load, replay."""
     compile_kernels()
-    asyncio.run(_warm(schema))
-
-
-async def _warm(schema: Schema) -> None:
     now_ns = system_clock()
     message = event_service_pb2.IngestEventsRequest()
     for number, event_type in enumerate([*schema.event_types, *schema.event_types]):
@@ -31,27 +29,30 @@ async def _warm(schema: Schema) -> None:
             event.attributes[name] = "text"
         for name in schema.number_attributes:
             event.attributes[name] = 1.0
-    events = message.SerializeToString()
-    shard = Shard(
-        0,
-        schema,
-        partition_bits=8,
-        owned=range(256),
-        epoch=1,
-        log=MemoryLog(),
-        capacity=Capacity(event_ids_per_shard=1024),
-        clock=system_clock,
-        table=ProfileTable(schema, most_users=1024, most_texts=1024),
+    plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
+    columns = decode_events(message.SerializeToString(), plan, now_ns)
+    state = _small_state(schema)
+    # The same event ids twice: the way of duplicates, too.
+    for sequence in (1, 2):
+        partitions = np.zeros(columns.count, np.int64)
+        state.admit("warm", sequence, 0, partitions, columns.event_id_hash[: columns.count], now_ns)
+        state.apply(columns, 0, columns.count, now_ns)
+    population = Population.merge(schema, [state.table.population.to_state(state.table.texts)])
+    for user_id in ("u0", "nobody"):
+        state.table.profile(user_id, now_ns, (), population)
+    copy = state.copy_blocks()
+    space = np.empty(copy.space_bytes, np.uint8)
+    blocks = []
+    while (step := copy.step(space)) is not None:
+        blocks.append(Block(step[0], 1, memoryview(bytes(step[1]))))
+    recovered = ShardState.load(blocks, _small_state)
+    for position in (0, 1):
+        recovered.note("warm", 3, 0, columns, now_ns)
+        recovered.replay(columns, position, now_ns)
+    recovered.finish_replay()
+
+
+def _small_state(schema: Schema) -> ShardState:
+    return ShardState(
+        schema, partitions=256, capacity=Capacity(event_ids_per_shard=1024), most_users=1024, most_texts=1024
     )
-    writer = asyncio.create_task(shard.run())
-    part = shard_pb2.ApplyRequest.Part(
-        producer_id="warm", sequence=1, arrival_time_ns=now_ns, events=events, event_count=len(message.events)
-    )
-    await shard.submit([part], len(events), 1)
-    part.sequence = 2
-    # The same event ids again: the way of duplicates.
-    await shard.submit([part], len(events), 1)
-    shard.set_population([shard.population_state()])
-    shard.read(["u0", "nobody"], [], 1)
-    await shard.close()
-    await writer

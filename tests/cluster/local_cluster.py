@@ -15,13 +15,14 @@ from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits, Settings
 from profile_service.domain.schema import parse_schema
-from profile_service.domain.table import ProfileTable
+from profile_service.shard.health import Health
 from profile_service.shard.service import ShardServer
-from profile_service.shard.shard import Shard
+from profile_service.shard.shard import Shard, ShardCounters
 from profile_service.shard.warm import warm_kernels
-from profile_service.storage.log import MemoryLog
+from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import ScannedBatch, scan_batch
+from tests.shard.shards import make_shard, recovered
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
 
@@ -67,10 +68,12 @@ class LocalCluster:
     ) -> None:
         self.capacity = capacity
         self.settings = Settings(capacity=capacity)
-        self._make = make_shard or self._real_shard
+        self._make = make_shard
         self.shards: dict[int, Any] = {}
+        self.disks: dict[int, CrashingFileSystem] = {}
+        """Of the real shards."""
         self._servers: dict[int, ShardServer] = {}
-        self._writers: list[asyncio.Task[None]] = []
+        self._writers: dict[int, asyncio.Task[None]] = {}
         self.topology = Topology.even(PARTITION_BITS, [ShardLocation(number, "") for number in range(shards)])
         self.asked = 0
         """How often the topology was asked for."""
@@ -83,24 +86,41 @@ class LocalCluster:
         # A kernel that has to be compiled first would hold the loop for seconds.
         await asyncio.to_thread(_warm)
         for location in self.topology.shards:
-            owned = self.topology.owned_by(location.shard_id)
-            shard = self._make(location.shard_id, self.topology.epoch, owned)
-            self.shards[location.shard_id] = shard
-            if isinstance(shard, Shard):
-                self._writers.append(asyncio.create_task(shard.run()))
+            await self._begin(location.shard_id)
         await self.serve(*self.shards)
+
+    async def _begin(self, shard_id: int) -> None:
+        owned = self.topology.owned_by(shard_id)
+        if self._make is not None:
+            self.shards[shard_id] = self._make(shard_id, self.topology.epoch, owned)
+        else:
+            self.shards[shard_id] = shard = await self._real_shard(shard_id, self.topology.epoch, owned)
+            self._writers[shard_id] = asyncio.create_task(shard.run())
 
     async def serve(self, *shard_ids: int) -> None:
         """These shards begin to serve, at new addresses; all shards hear of the new epoch before the router does."""
         places = {}
         for shard_id in shard_ids:
-            self._servers[shard_id] = ShardServer(self.shards[shard_id], self.settings)
+            self._servers[shard_id] = ShardServer(self.shards[shard_id], self.settings, Health("serving"))
             places[shard_id] = ShardLocation(shard_id, await self._servers[shard_id].start())
         self.publish(self.topology.with_shards(places))
 
     async def cut(self, shard_id: int) -> None:
         """The shard's server ends at once, with every connection to it; the shard's state stays."""
         await self._servers.pop(shard_id).stop(0)
+
+    async def kill(self, shard_id: int) -> None:
+        """A real shard's process ends as by SIGKILL, at whatever it is doing: what it had written is left."""
+        self.disks[shard_id] = self.disks[shard_id].kill()
+        await self.cut(shard_id)
+        writer = self._writers.pop(shard_id)
+        writer.cancel()
+        await asyncio.wait([writer])
+
+    async def restart(self, shard_id: int) -> None:
+        """The shard recovers from its disk and serves again, at another address."""
+        await self._begin(shard_id)
+        await self.serve(shard_id)
 
     def publish(self, topology: Topology) -> None:
         for shard_id, shard in self.shards.items():
@@ -119,19 +139,25 @@ class LocalCluster:
             await server.stop(0)
         for shard in self.shards.values():
             await shard.close()
-        await asyncio.gather(*self._writers)
+        if self._writers:
+            await asyncio.wait(self._writers.values())
 
-    def _real_shard(self, shard_id: int, epoch: int, owned: list[int]) -> Shard:
-        return Shard(
-            shard_id,
+    async def _real_shard(self, shard_id: int, epoch: int, owned: list[int]) -> Shard:
+        """The shard of the cluster's directory for it; a new one the first time."""
+        found = await recovered(
+            self.disks.setdefault(shard_id, CrashingFileSystem()),
             SCHEMA,
+            capacity=self.capacity,
             partition_bits=PARTITION_BITS,
+        )
+        return make_shard(
+            found,
+            shard_id=shard_id,
             owned=owned,
             epoch=epoch,
-            log=MemoryLog(),
             capacity=self.capacity,
             clock=system_clock,
-            table=ProfileTable(SCHEMA, most_users=10_000, most_texts=1_000),
+            partition_bits=PARTITION_BITS,
         )
 
 
@@ -177,6 +203,12 @@ class FakeShard:
 
     def acknowledged(self, producer_id: str) -> int:
         return 0
+
+    async def create_snapshot(self) -> int:
+        return 8
+
+    def status(self) -> ShardCounters:
+        return ShardCounters(0, 0, 0, 0, 0, 0, 0, "always", 0, 0, 0)
 
     def update_topology(self, epoch: int, owned: Iterable[int]) -> None:
         self.epoch = epoch

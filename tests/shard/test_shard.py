@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import functools
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from profile_service.config import Capacity
 from profile_service.domain.schema import parse_schema
-from profile_service.domain.table import ProfileTable
-from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, Unavailable
-from profile_service.shard.shard import RECORD_FORGET, Shard
-from profile_service.storage.log import MemoryLog
+from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, StorageFull, Unavailable
+from profile_service.shard.health import Health
+from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, RECORD_SCHEMA, decode_part
+from profile_service.shard.shard import Shard
+from profile_service.storage.crashing_fs import CrashingFileSystem
+from tests.shard import shards
+from tests.shard.shards import NOW_NS, Clock, Gate
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2, profile_pb2
-
-NOW_NS = 1_790_000_000 * 10**9
 
 SCHEMA = parse_schema(
     """
@@ -32,36 +32,6 @@ features:
   items: {kind: recent, attribute: item, size: 3}
 """
 )
-
-
-class SlowLog(MemoryLog):
-    """A log whose sync waits to be released, and may fail."""
-
-    def __init__(self) -> None:
-        super().__init__(retained_bytes=1 << 20)
-        self.released = asyncio.Event()
-        self.syncing = asyncio.Event()
-        self.syncs = 0
-        self.failure: OSError | None = None
-
-    async def sync(self) -> None:
-        self.syncs += 1
-        self.syncing.set()
-        await self.released.wait()
-        if self.failure:
-            raise self.failure
-
-
-class ForgettingLog(MemoryLog):
-    """A log that says when a record of forgotten users was synced."""
-
-    def __init__(self) -> None:
-        super().__init__(retained_bytes=1 << 20)
-        self.forgotten = asyncio.Event()
-
-    async def sync(self) -> None:
-        if self.records[-1][1] == RECORD_FORGET:
-            self.forgotten.set()
 
 
 def part(
@@ -80,35 +50,7 @@ def part(
     )
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_ns = NOW_NS
-
-    def __call__(self) -> int:
-        return self.now_ns
-
-
-@asynccontextmanager
-async def running(
-    log: MemoryLog | None = None, clock: Clock | None = None, owned: Sequence[int] = range(256), **capacity: int
-) -> AsyncIterator[Shard]:
-    shard = Shard(
-        3,
-        SCHEMA,
-        partition_bits=8,
-        owned=owned,
-        epoch=7,
-        log=log or MemoryLog(),
-        capacity=Capacity(**capacity),
-        clock=clock or Clock(),
-        table=ProfileTable(SCHEMA, most_users=100_000, most_texts=100_000),
-    )
-    writer = asyncio.create_task(shard.run())
-    try:
-        yield shard
-    finally:
-        await shard.close()
-        await asyncio.wait([writer])
+running = functools.partial(shards.running, SCHEMA)
 
 
 def read(shard: Shard, user: str) -> profile_pb2.Profile | None:
@@ -129,29 +71,32 @@ async def test_what_is_answered_is_readable() -> None:
 
 
 async def test_nothing_is_readable_before_it_is_durable_and_groups_share_a_sync() -> None:
-    log = SlowLog()
-    async with running(log) as shard:
+    gate = Gate()
+    async with running(gate=gate) as shard:
+        gate.close()
+        before = gate.passed
         first = asyncio.create_task(shard.submit([part(["u1"])], 100, 7))
-        await log.syncing.wait()
+        await gate.waiting.wait()
         others = [asyncio.create_task(shard.submit([part([f"v{n}"])], 100, 7)) for n in range(5)]
         await asyncio.sleep(0)
         assert read(shard, "u1") is None
         assert not first.done()
-        log.released.set()
+        gate.open()
         await asyncio.gather(first, *others)
-        assert log.syncs == 2
+        assert gate.passed - before == 2
         assert read(shard, "u1") is not None
 
 
 async def test_a_failed_sync_ends_the_shard_and_answers_everyone() -> None:
-    log = SlowLog()
-    log.failure = OSError("disk gone")
-    async with running(log) as shard:
+    gate, fs = Gate(), CrashingFileSystem()
+    async with running(fs, gate=gate) as shard:
+        fs.fail_once("sync")
+        gate.close()
         first = asyncio.create_task(shard.submit([part(["u1"])], 100, 7))
-        await log.syncing.wait()
+        await gate.waiting.wait()
         second = asyncio.create_task(shard.submit([part(["u2"])], 100, 7))
         await asyncio.sleep(0)
-        log.released.set()
+        gate.open()
         results = await asyncio.gather(first, second, return_exceptions=True)
         assert [type(result) for result in results] == [Unavailable, Unavailable]
         assert read(shard, "u1") is None
@@ -171,14 +116,23 @@ async def test_a_batch_sent_again_is_counted_once() -> None:
         assert shard.status().event_count == 3
 
 
-async def test_the_log_holds_each_part_as_it_came() -> None:
-    log = MemoryLog(retained_bytes=1 << 20)
-    async with running(log) as shard:
+async def test_the_log_holds_what_is_counted_and_nothing_else() -> None:
+    fs = CrashingFileSystem()
+    async with running(fs) as shard:
         parts = [part(["u1", "u2"], producer="p", sequence=1), part(["u1"] * 300)]
         parts += [part([f"v{n}" for n in range(n)], producer="q", sequence=n) for n in (1, 2, 3)]
         await asyncio.gather(*(shard.submit([given], 100, 7) for given in parts))
-        held = [shard_pb2.ApplyRequest.Part.FromString(payload) for _, _, payload in log.records]
-        assert held == parts
+        # Counted already; and one of two events counted already.
+        await shard.submit([part(["u1", "u2"], producer="p", sequence=1)], 100, 7)
+        await shard.submit([part(["w", "w", "w"], event_ids=["a", "b", "a"])], 100, 7)
+    found = await shards.recovered(fs, SCHEMA)
+    records = list(found.log.records(0))
+    assert [record.type for record in records] == [RECORD_SCHEMA, *[RECORD_EVENTS] * 6]
+    held = [decode_part(record.payload) for record in records[1:]]
+    assert held[:-1] == parts
+    assert held[-1].event_count == 2
+    events = event_service_pb2.IngestEventsRequest.FromString(held[-1].events).events
+    assert [event.event_id for event in events] == ["a", "b"]
 
 
 async def test_an_event_id_counts_once_for_a_user_and_not_across_users() -> None:
@@ -209,14 +163,15 @@ async def test_refusals_keep_nothing_of_the_submission_and_spoil_no_other() -> N
 
 
 async def test_a_batch_that_waited_through_a_change_of_owners_goes_back_whole() -> None:
-    log = SlowLog()
-    async with running(log) as shard:
+    gate = Gate()
+    async with running(gate=gate) as shard:
+        gate.close()
         first = asyncio.create_task(shard.submit([part(["u1"], producer="p", sequence=1)], 100, 7))
-        await log.syncing.wait()
+        await gate.waiting.wait()
         waiting = asyncio.create_task(shard.submit([part(["u1"], producer="p", sequence=2)], 100, 7))
         await asyncio.sleep(0)
         shard.update_topology(8, range(256))
-        log.released.set()
+        gate.open()
         await first
         with pytest.raises(NotMine, match="epoch 8"):
             await waiting
@@ -226,29 +181,31 @@ async def test_a_batch_that_waited_through_a_change_of_owners_goes_back_whole() 
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
-    log = SlowLog()
-    async with running(log, shard_queue_bytes=1000) as shard:
+    gate = Gate()
+    async with running(gate=gate, shard_queue_bytes=1000) as shard:
+        gate.close()
         first = asyncio.create_task(shard.submit([part(["u1"])], 600, 7))
-        await log.syncing.wait()
+        await gate.waiting.wait()
         second = asyncio.create_task(shard.submit([part(["u2"])], 300, 7))
         await asyncio.sleep(0)
         with pytest.raises(ResourceExhausted) as caught:
             await shard.submit([part(["u3"])], 600, 7)
         assert caught.value.retry_after_s > 0
-        log.released.set()
+        gate.open()
         await asyncio.gather(first, second)
         await shard.submit([part(["u3"])], 600, 7)
 
 
 async def test_closing_answers_what_was_accepted() -> None:
-    log = SlowLog()
-    async with running(log) as shard:
+    gate = Gate()
+    async with running(gate=gate) as shard:
+        gate.close()
         first = asyncio.create_task(shard.submit([part(["u1"])], 100, 7))
-        await log.syncing.wait()
+        await gate.waiting.wait()
         second = asyncio.create_task(shard.submit([part(["u2"])], 100, 7))
         await asyncio.sleep(0)
         await shard.close()
-        log.released.set()
+        gate.open()
         await asyncio.gather(first, second)
         assert read(shard, "u2") is not None
 
@@ -279,22 +236,84 @@ async def test_an_unknown_feature_is_named() -> None:
 
 
 async def test_a_user_not_heard_of_for_the_ttl_is_forgotten_by_way_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profile_service.shard.shard.EXPIRY_INTERVAL_S", 0.01)
-    log, clock = ForgettingLog(), Clock()
-    async with running(log, clock) as shard:
+    monkeypatch.setattr("profile_service.shard.shard.IDLE_INTERVAL_S", 0.01)
+    fs, clock = CrashingFileSystem(), Clock()
+    async with running(fs, clock=clock) as shard:
         await shard.submit([part(["u1", "u2"])], 100, 7)
         clock.now_ns += 11 * 86400 * 10**9
         assert read(shard, "u1") is None
-        async with asyncio.timeout(10):
-            await log.forgotten.wait()
-        assert shard.status().user_count == 0
-        assert [record for _, record, _ in log.records][-1] == RECORD_FORGET
+        await until(lambda: shard.status().user_count == 0)
         fresh = part(["u1"])
         fresh.arrival_time_ns = clock.now_ns
         await shard.submit([fresh], 100, 7)
         profile = read(shard, "u1")
         assert profile is not None
         assert profile.event_count == 1
+    found = await shards.recovered(fs, SCHEMA)
+    assert [record.type for record in found.log.records(0)][1:] == [RECORD_EVENTS, RECORD_FORGET, RECORD_EVENTS]
+    assert len(found.state.table) == 1
+
+
+async def test_a_restart_finds_what_was_acknowledged_and_what_counts_once() -> None:
+    fs = CrashingFileSystem()
+    async with running(fs) as shard:
+        await shard.submit([part(["u1", "u2"], producer="p", sequence=1, event_ids=["a", "b"])], 100, 7)
+        await shard.submit([part(["u1"], producer="request:r")], 100, 7)
+        before = shard.read(["u1", "u2"], [], 7)
+    async with running(fs.crash()) as shard:
+        assert shard.read(["u1", "u2"], [], 7) == before
+        await shard.submit([part(["u1", "u2"], producer="p", sequence=1)], 100, 7)
+        await shard.submit([part(["u1"], producer="request:r")], 100, 7)
+        await shard.submit([part(["u2"], event_ids=["b"])], 100, 7)
+        assert shard.read(["u1", "u2"], [], 7) == before
+        assert shard.status().duplicate_count == 4
+
+
+async def test_a_producer_without_events_tells_up_to_where_it_is_acknowledged_and_that_lasts() -> None:
+    fs = CrashingFileSystem()
+    async with running(fs) as shard:
+        told = shard_pb2.ApplyRequest.Part(producer_id="p", acknowledged_sequence=9, arrival_time_ns=NOW_NS)
+        await shard.submit([told], told.ByteSize(), 7)
+        assert shard.acknowledged("p") == 9
+    async with running(fs.crash()) as shard:
+        assert shard.acknowledged("p") == 9
+
+
+async def test_a_snapshot_is_where_a_restart_begins() -> None:
+    fs = CrashingFileSystem()
+    async with running(fs) as shard:
+        await shard.submit([part([f"u{n}" for n in range(100)], producer="p", sequence=1)], 100, 7)
+        position = await shard.create_snapshot()
+        await shard.submit([part(["u1"], producer="p", sequence=2)], 100, 7)
+        before = shard.read([f"u{n}" for n in range(100)], [], 7)
+        assert shard.status().snapshot_position == position
+    found = await shards.recovered(fs.crash(), SCHEMA)
+    assert found.snapshot is not None
+    assert (found.snapshot.replay_position, found.replayed_events) == (position, 1)
+    shard = shards.make_shard(found)
+    assert shard.read([f"u{n}" for n in range(100)], [], 7) == before
+    assert shard.status().event_count == 101
+
+
+async def test_a_full_disk_refuses_writes_serves_reads_and_takes_writes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("profile_service.shard.shard.IDLE_INTERVAL_S", 0.01)
+    fs, health = CrashingFileSystem(), Health()
+    async with running(fs, health=health) as shard:
+        await shard.submit([part(["u1"], producer="p", sequence=1)], 100, 7)
+        fs.capacity_bytes = 1 << 17
+        big = part(["u1"] * 3000, producer="p", sequence=2)
+        with pytest.raises(StorageFull, match="room") as caught:
+            await shard.submit([big], big.ByteSize(), 7)
+        assert caught.value.retry_after_s > 0
+        assert health.state == "full"
+        profile = read(shard, "u1")
+        assert profile is not None
+        assert profile.event_count == 1
+        fs.capacity_bytes = None
+        await until(lambda: health.state == "serving")
+        await shard.submit([big], big.ByteSize(), 7)
+        await shard.submit([big], big.ByteSize(), 7)
+        assert shard.status().event_count == 3001
 
 
 async def test_a_read_between_slices_sees_whole_events_only() -> None:
@@ -312,3 +331,9 @@ async def test_a_read_between_slices_sees_whole_events_only() -> None:
         await big
         assert seen == sorted(seen)
         assert any(0 < count < 9000 for count in seen)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns when the condition holds; the test's timeout ends it otherwise."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.002)

@@ -1,0 +1,280 @@
+"""From a shard's directory to its state: the newest whole snapshot, then the log from where the snapshot begins.
+
+    lock ─▶ open the log (its tail is decided about) ─▶ load a snapshot ─▶ replay ─▶ the schema of now ─▶ serve
+                                                          │ damaged: the one before
+
+| snapshots            | log                                    | what happens                                        |
+|----------------------|----------------------------------------|-----------------------------------------------------|
+| none                 | from 0                                 | replayed whole; an empty one is a new shard         |
+| none, or all damaged | begins later                           | DataLoss: what the log no longer holds is gone      |
+| newest whole         | reaches from its position              | loaded, replayed from there                         |
+| newest damaged       | reaches from the older one's position  | the older is loaded: nothing is lost but time       |
+| a whole one          | ends before the snapshot's last block  | DataLoss: the log has lost its end                  |
+
+The log is trimmed to the older of two snapshots only, so the fourth row is what a single damaged snapshot comes to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from profile_service.config import Capacity
+from profile_service.domain.schema import Schema, parse_schema
+from profile_service.errors import DataLoss, ProfileServiceError, StartupError
+from profile_service.shard.log_records import (
+    RECORD_EVENTS,
+    RECORD_FORGET,
+    RECORD_SCHEMA,
+    decode_forget,
+    decode_part,
+    decode_schema,
+    encode_schema,
+)
+from profile_service.shard.state import ShardState
+from profile_service.storage.fs import FileSystem, Lock
+from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
+from profile_service.storage.wal import LogOptions, Record, Runner, WriteAheadLog
+from profile_service.wire.decode import decode_events
+from profile_service.wire.plan import WirePlan
+
+LOG_DIRECTORY = "log"
+SNAPSHOT_DIRECTORY = "snapshots"
+LOCK_FILE = "LOCK"
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[float, str], None]
+"""Hears how much of a recovery is done, 0 to 1, and what is being done."""
+
+
+@dataclass
+class Recovered:
+    """A shard's state as of the end of its log, and where it goes on."""
+
+    state: ShardState
+    log: WriteAheadLog
+    snapshots: SnapshotStore
+    lock: Lock
+    snapshot: SnapshotInfo | None
+    """The snapshot that was loaded."""
+    replayed_records: int
+    replayed_events: int
+
+
+async def recover(
+    fs: FileSystem,
+    directory: Path,
+    schema: Schema,
+    *,
+    identity: bytes,
+    holder: str,
+    reset_features: Sequence[str],
+    partition_bits: int,
+    capacity: Capacity,
+    options: LogOptions,
+    run: Runner,
+    run_snapshots: Runner,
+    progress: Progress = lambda fraction, message: None,
+    new_state: Callable[[Schema], ShardState] | None = None,
+) -> Recovered:
+    """The shard that the directory holds; a new one where it holds none.
+
+    Args:
+        fs: where the directory is.
+        directory: the shard's own; made where there is none.
+        schema: what rows are to be of from now on.
+        identity: of the directory, in every file's header: files of another one are refused.
+        holder: who takes the directory's lock, for whoever else wants it.
+        reset_features: features that start anew where the schema's change would refuse them.
+        partition_bits: of the whole service.
+        capacity: bounds of what makes events count once.
+        options: how the log is written.
+        run: runs what blocks, off the loop, one piece after the other.
+        run_snapshots: the same for a snapshot's writes, which take longer.
+        progress: hears how far it is.
+        new_state: makes an empty state of a schema.
+
+    Raises:
+        LockHeld: another process has the directory.
+        DataLoss: what is stored is damaged, and nothing that is whole makes up for it.
+        SchemaChangeRefused: rows of the schema before cannot become rows of `schema`.
+        DiskFull: there is no room to begin.
+    """
+    recovery = _Recovery(fs, directory, identity, capacity, partition_bits, progress, run_snapshots, new_state)
+    lock = await run(lambda: recovery.lock(holder))
+    log = None
+    try:
+        log = await run(lambda: WriteAheadLog.open(fs, directory / LOG_DIRECTORY, identity, options, run))
+        opened = log
+        state, snapshot = await run(lambda: recovery.load_and_replay(opened, schema))
+        if log.position == 0:
+            await _log_schema(log, schema, ())
+        elif state.schema.fingerprint != schema.fingerprint:
+            await run(lambda: state.check_schema(schema, reset_features))
+            await _log_schema(log, schema, reset_features)
+            await run(lambda: state.change_schema(schema, reset_features))
+        else:
+            state.change_schema(schema, ())
+    except BaseException:
+        if log is not None:
+            with contextlib.suppress(OSError):
+                await log.close()
+        lock.release()
+        raise
+    return Recovered(state, log, recovery.snapshots, lock, snapshot, recovery.records, recovery.events)
+
+
+async def _log_schema(log: WriteAheadLog, schema: Schema, reset_features: Sequence[str]) -> None:
+    record = encode_schema(schema.text, reset_features)
+    await log.reserve(sum(map(len, record)), 1)
+    log.append(RECORD_SCHEMA, record)
+    await log.sync()
+
+
+class _Recovery:
+    """The blocking part."""
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        directory: Path,
+        identity: bytes,
+        capacity: Capacity,
+        partition_bits: int,
+        progress: Progress,
+        run_snapshots: Runner,
+        new_state: Callable[[Schema], ShardState] | None,
+    ) -> None:
+        self._fs = fs
+        self._directory = directory
+        self._progress = progress
+        self.snapshots = SnapshotStore(fs, directory / SNAPSHOT_DIRECTORY, identity, run_snapshots)
+        self._new_state = new_state or (
+            lambda schema: ShardState(schema, partitions=1 << partition_bits, capacity=capacity)
+        )
+        self.records = 0
+        self.events = 0
+
+    def lock(self, holder: str) -> Lock:
+        self._fs.make_directory(self._directory)
+        return self._fs.lock(self._directory / LOCK_FILE, holder)
+
+    def load_and_replay(self, log: WriteAheadLog, schema: Schema) -> tuple[ShardState, SnapshotInfo | None]:
+        started = time.monotonic()
+        loaded = self._load(log)
+        state, snapshot = loaded if loaded is not None else (self._new_state(self._first_schema(log) or schema), None)
+        loaded_at = time.monotonic()
+        position = snapshot.replay_position if snapshot is not None else 0
+        self._replay(state, log, position)
+        state.finish_replay()
+        logger.info(
+            "%s: %d users; snapshot from position %d loaded in %.2f s, %d records with %d events replayed in %.2f s%s",
+            self._directory,
+            len(state.table),
+            position,
+            loaded_at - started,
+            self.records,
+            self.events,
+            time.monotonic() - loaded_at,
+            f"; {log.torn_bytes} bytes of a torn tail cut" if log.torn_bytes else "",
+        )
+        return state, snapshot
+
+    def _first_schema(self, log: WriteAheadLog) -> Schema | None:
+        """The schema with which the log begins; None for an empty one."""
+        for record in log.records(0):
+            if record.type == RECORD_SCHEMA:
+                return parse_schema(decode_schema(record.payload).yaml)
+            raise _unreadable(self._directory, record, "a log begins with its schema")
+        return None
+
+    def _load(self, log: WriteAheadLog) -> tuple[ShardState, SnapshotInfo] | None:
+        """The newest snapshot that is whole."""
+        faults = []
+        for snapshot in self.snapshots.list():
+            if snapshot.state in ("newer", "foreign"):
+                # Not damage: somebody put it there, or a newer version went on from here.
+                raise StartupError(snapshot.damage)
+            if snapshot.damage:
+                faults.append(snapshot.damage)
+            elif snapshot.replay_position < log.start:
+                faults.append(f"{snapshot.path}: the log no longer reaches back to it")
+            else:
+                self._progress(0.0, f"loading {snapshot.path.name}")
+                try:
+                    state = ShardState.load(self.snapshots.blocks(snapshot), self._new_state)
+                except DataLoss as error:
+                    faults.append(error.message)
+                    continue
+                if max(snapshot.replay_position, state.newest_stamp) > log.position:
+                    raise DataLoss(
+                        f"{self._directory}: the log ends at position {log.position}, and {snapshot.path.name} was "
+                        f"written when it went on to {state.newest_stamp} at least: {_ADVICE}"
+                    )
+                for fault in faults:
+                    logger.error("%s; the snapshot before it is loaded, nothing is lost", fault)
+                return state, snapshot
+        if log.start > 0:
+            found = "; ".join(faults) or "there is no snapshot"
+            raise DataLoss(
+                f"{self._directory}: the log begins at position {log.start}, and no whole snapshot reaches it "
+                f"({found}): {_ADVICE}"
+            )
+        for fault in faults:
+            logger.error("%s; the whole log is replayed, nothing is lost", fault)
+        return None
+
+    def _replay(self, state: ShardState, log: WriteAheadLog, start: int) -> None:
+        todo = max(1, log.position - start)
+        plan = _plan(state.schema)
+        for record in log.records(start):
+            self.records += 1
+            self._progress((record.position - start) / todo, "replaying the log")
+            try:
+                if record.type == RECORD_EVENTS:
+                    self._replay_events(state, plan, record)
+                elif record.type == RECORD_FORGET:
+                    state.forget(decode_forget(record.payload), record.position)
+                elif record.type == RECORD_SCHEMA:
+                    change = decode_schema(record.payload)
+                    state.change_schema(parse_schema(change.yaml), change.reset_features)
+                    plan = _plan(state.schema)
+                else:
+                    raise DataLoss(
+                        f"{self._directory}: the record at position {record.position} is of type {record.type}, "
+                        "which this version does not know: start the version that wrote it, or a later one"
+                    )
+            except (DecodeError, ValueError) as error:
+                raise _unreadable(self._directory, record, str(error)) from error
+            except DataLoss:
+                raise
+            except ProfileServiceError as error:
+                raise _unreadable(self._directory, record, error.message) from error
+
+    def _replay_events(self, state: ShardState, plan: WirePlan, record: Record) -> None:
+        part = decode_part(record.payload)
+        columns = decode_events(part.events, plan, part.arrival_time_ns)
+        state.note(part.producer_id, part.sequence, part.acknowledged_sequence, columns, part.arrival_time_ns)
+        state.replay(columns, record.position, part.arrival_time_ns)
+        self.events += columns.count
+
+
+_ADVICE = "`profile-service inspect DATA_DIR` shows what is there, and with --salvage keeps what is readable"
+
+
+def _unreadable(directory: Path, record: Record, reason: str) -> DataLoss:
+    return DataLoss(
+        f"{directory}: the record at position {record.position} is whole and cannot be read ({reason}): it was written "
+        f"by another version, or before its checksum was made; {_ADVICE}"
+    )
+
+
+def _plan(schema: Schema) -> WirePlan:
+    return WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
