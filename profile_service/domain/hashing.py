@@ -28,9 +28,7 @@ _SIXTY_FOUR = np.uint64(64)
 
 @leaf_kernel
 def xxh64(buffer: NDArray[np.uint8], start: int, length: int, seed: int | np.uint64) -> np.uint64:
-    """)
-    def _check_frameH64 of `buffer[start : start + length]`, which the caller knows to lie within the buffer.
-    """
+    """XXH64 of `buffer[start : start + length]`, which the caller knows to lie within the buffer."""
     pos = to_i64(start)
     end = pos + to_i64(length)
     base = np.uint64(seed)

@@ -161,8 +161,7 @@ def _decode(
 
 @kernel
 def _event_id_hash(buffer: NDArray[np.uint8], offset: int, length: int, user: np.uint64) -> np.uint64:
-    """)
-    def _check_frameH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
+    """XXH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
     if length == 0:
         return np.uint64(0)
     value = xxh64(buffer, offset, length, user)
