@@ -18,6 +18,11 @@ from userprofile.v1 import admin_service_pb2
 REFRESH_INTERVAL_S = 2.0
 """How old the shards' figures may be that `/metrics` shows."""
 
+RETURN_INTERVAL_S = 0.1
+"""How often a shard that does not serve is asked whether it does."""
+
+READING_STATES = ("serving", "full")
+
 ShardStatus = admin_service_pb2.GetStatusResponse.ShardStatus
 
 
@@ -80,11 +85,21 @@ class Admin:
         positions = await self._router.create_snapshot(deadline_s)
         return admin_service_pb2.CreateSnapshotResponse(log_positions=positions).SerializeToString()
 
+    @property
+    def shards_read(self) -> bool:
+        """Whether every shard answered reads when it was last asked."""
+        return bool(self.last_shards) and all(shard.state in READING_STATES for shard in self.last_shards)
+
     async def watch(self) -> None:
-        """Keeps `last_shards` fresh, until it is cancelled."""
+        """Keeps `last_shards` fresh, until it is cancelled; asks often as long as a shard is away or recovers."""
+        clock = asyncio.get_running_loop().time
+        due = clock()
         while True:
-            self.last_shards = [_shard_status(location, status) for location, status in await self._router.status()]
-            await asyncio.sleep(REFRESH_INTERVAL_S)
+            if clock() >= due or not (self._router.ready and self.shards_read):
+                due = clock() + REFRESH_INTERVAL_S
+                answers = await self._router.status()
+                self.last_shards = [_shard_status(location, status) for location, status in answers]
+            await asyncio.sleep(RETURN_INTERVAL_S)
 
 
 def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None) -> ShardStatus:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from profile_service.wire.framing import message_field
 from profile_service.cluster.router import Router
 from profile_service.config import Limits
 from profile_service.domain.schema import Schema
 from profile_service.errors import InvalidArgument, NotFound
 from profile_service.frontends.requests import parse
+from profile_service.wire.framing import message_field
 from userprofile.v1 import profile_service_pb2
 
 _PROFILES_FIELD = profile_service_pb2.BatchGetProfilesResponse.PROFILES_FIELD_NUMBER

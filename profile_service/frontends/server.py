@@ -88,8 +88,8 @@ class Frontend:
 
     @property
     def ready(self) -> bool:
-        """Whether every shard is connected and calls are accepted."""
-        return not self._draining and self._router.ready
+        """Whether every shard is connected and answers, and calls are accepted."""
+        return not self._draining and self._router.ready and self.api.admin.shards_read
 
     async def start(self) -> None:
         """Opens the ports, connects to the shards and serves. Raises StartupError where a port cannot be had."""
@@ -123,7 +123,7 @@ class Frontend:
         logger.info("gRPC on %s, HTTP on %s", self.grpc_address, self.http_address)
 
     async def wait_until_ready(self) -> None:
-        """Returns when every shard is connected and the health service says so."""
+        """Returns when every shard is connected and answers, and the health service says so."""
         await self._healthy.wait()
 
     async def drain(self) -> None:

@@ -72,6 +72,8 @@ class LocalCluster:
         self.shards: dict[int, Any] = {}
         self.disks: dict[int, CrashingFileSystem] = {}
         """Of the real shards."""
+        self.healths: dict[int, Health] = {}
+        """What the shards say of themselves; a test may say something else."""
         self._servers: dict[int, ShardServer] = {}
         self._writers: dict[int, asyncio.Task[None]] = {}
         self.topology = Topology.even(PARTITION_BITS, [ShardLocation(number, "") for number in range(shards)])
@@ -101,7 +103,8 @@ class LocalCluster:
         """These shards begin to serve, at new addresses; all shards hear of the new epoch before the router does."""
         places = {}
         for shard_id in shard_ids:
-            self._servers[shard_id] = ShardServer(self.shards[shard_id], self.settings, Health("serving"))
+            health = self.healths.setdefault(shard_id, Health("serving"))
+            self._servers[shard_id] = ShardServer(self.shards[shard_id], self.settings, health)
             places[shard_id] = ShardLocation(shard_id, await self._servers[shard_id].start())
         self.publish(self.topology.with_shards(places))
 

@@ -12,12 +12,14 @@ from profile_service.cluster import router as router_module
 from profile_service.cluster.batches import Lane
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.router import Router
-from profile_service.config import Capacity
+from profile_service.cluster.topology import Topology
+from profile_service.config import Capacity, Limits
 from profile_service.errors import (
     DeadlineExceeded,
     InvalidArgument,
     NotMine,
     ResourceExhausted,
+    StorageFull,
     Unavailable,
 )
 from tests.cluster.local_cluster import PARTITION_BITS, FakeShard, encode, running, scan, until
@@ -129,6 +131,145 @@ async def test_a_batch_waits_for_a_shard_that_is_away() -> None:
         await ingesting
         assert all(count >= 1 for count in await reading)
         assert await counts(router, USERS) == [2] * len(USERS)
+
+
+class Recovering(FakeShard):
+    """Refuses everything until it is `there`."""
+
+    there = False
+
+    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+        self._refuse()
+        await super().submit(parts, size_bytes, epoch)
+
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+        self._refuse()
+        return super().read(user_ids, features, epoch)
+
+    async def create_snapshot(self) -> int:
+        self._refuse()
+        return 8 * (1 + self.shard_id)
+
+    def _refuse(self) -> None:
+        if not self.there:
+            raise Unavailable(f"shard {self.shard_id} recovers (43% done)", 0.01)
+
+
+async def test_what_comes_while_a_shard_recovers_is_counted_and_answered_afterwards() -> None:
+    async with running(shards=1, make_shard=Recovering) as (cluster, router):
+        lane = Lane("p", patient=True)
+        batches = [await router.submit(scan(encode(["u1"])), lane, sequence, 0, 1) for sequence in (1, 2, 3)]
+        anonymous = asyncio.create_task(put(router, ["u2"]))
+        reading = asyncio.create_task(router.read(["u1"], []))
+        await asyncio.sleep(0.1)
+        assert not cluster.shards[0].requests
+        cluster.shards[0].there = True
+        await asyncio.gather(anonymous, *(batch.done for batch in batches))
+        assert await reading == [b"u1"]
+        applied = [part.sequence for parts in cluster.shards[0].requests for part in parts if part.producer_id]
+        assert applied == [1, 2, 3]
+
+
+async def test_a_read_whose_deadline_passes_says_what_its_shard_said() -> None:
+    async with running(shards=1, make_shard=Recovering) as (_, router):
+        with pytest.raises(DeadlineExceeded, match=r"0\.2 s; shard 0 recovers \(43% done\)"):
+            await router.read(["u1"], [], deadline_s=0.2)
+
+
+class Full(FakeShard):
+    """Has no room on its disk while `full`."""
+
+    full = True
+
+    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+        if self.full:
+            raise StorageFull(f"the disk of shard {self.shard_id} is full", 1.0)
+        await super().submit(parts, size_bytes, epoch)
+
+
+async def test_a_full_disk_is_said_at_once_and_nothing_later_overtakes_what_it_refused() -> None:
+    async with running(shards=1, make_shard=Full) as (cluster, router):
+        for producer_id in ("", "p"):
+            with pytest.raises(StorageFull, match="the disk of shard 0 is full") as refused:
+                await put(router, USERS, producer_id, 1)
+            assert refused.value.retry_after_s > 0
+            assert "other shards" not in refused.value.message
+        lane, other = Lane("stream", patient=True), Lane("other", patient=True)
+        batches = [await router.submit(scan(encode(["u1"])), lane, sequence, 0, 1) for sequence in (1, 2, 3)]
+        with pytest.raises(StorageFull):
+            await batches[0].done
+        cluster.shards[0].full = False
+        for batch in batches:
+            with pytest.raises(StorageFull):
+                await batch.done
+        with pytest.raises(StorageFull):
+            await router.submit(scan(encode(["u1"])), lane, 4, 0, 1)
+        # Whoever comes now finds room; nothing of the lane that failed comes after all.
+        await (await router.submit(scan(encode(["u2"])), other, 1, 0, 1)).done
+        assert [part.producer_id for parts in cluster.shards[0].requests for part in parts] == ["other"]
+        router._links[0].applies.check_invariants()
+
+
+async def test_one_full_disk_of_two_is_said_to_spoil_a_batch_without_a_name_only() -> None:
+    def make(shard_id: int, epoch: int, owned: list[int]) -> FakeShard:
+        return (Full if shard_id else FakeShard)(shard_id, epoch, owned)
+
+    async with running(shards=2, make_shard=make) as (_, router):
+        with pytest.raises(StorageFull, match="shard 1 is full; other shards may have counted"):
+            await put(router, USERS)
+        with pytest.raises(StorageFull, match=r"shard 1 is full$"):
+            await put(router, USERS, "p", 1)
+
+
+async def test_every_shard_writes_a_snapshot_or_says_why_not() -> None:
+    async with running(shards=2, make_shard=Recovering) as (cluster, router):
+        cluster.shards[0].there = True
+        with pytest.raises(Unavailable, match=r"shard 1 wrote no snapshot: shard 1 recovers"):
+            await router.create_snapshot()
+        cluster.shards[1].there = True
+        assert await router.create_snapshot() == {0: 8, 1: 16}
+        await cluster.cut(0)
+        with pytest.raises((Unavailable, DeadlineExceeded), match="shard 0 wrote no snapshot"):
+            await router.create_snapshot(deadline_s=0.5)
+
+
+async def test_a_snapshot_takes_as_long_as_its_caller_waits() -> None:
+    class Slow(FakeShard):
+        async def create_snapshot(self) -> int:
+            await asyncio.Event().wait()
+            return 0
+
+    async with running(shards=1, make_shard=Slow) as (_, router):
+        with pytest.raises(DeadlineExceeded, match="shard 0 wrote no snapshot"):
+            await router.create_snapshot(deadline_s=0.1)
+
+
+async def test_a_coordinator_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "CONTROL_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(router_module, "FIRST_TOPOLOGY_TIMEOUT_S", 0.05)
+    async with running(shards=1, make_shard=FakeShard) as (cluster, _):
+        moods = ["dead", "hangs", "well"]
+
+        async def source() -> Topology:
+            mood = moods.pop(0) if moods else "well"
+            if mood == "dead":
+                raise ConnectionError("the coordinator restarts")
+            if mood == "hangs":
+                await asyncio.Event().wait()
+            return await cluster.source()
+
+        router = Router(source, scan, Limits(), cluster.capacity)
+        await router.start()
+        try:
+            assert not moods
+            assert await router.read(["u1"], []) == [b"u1"]
+            # Its shard is back at its place: that nobody tells where it is keeps nobody from finding it there.
+            moods[:] = ["hangs"] * 3
+            await router.refresh()
+            assert moods == ["hangs"] * 2
+            assert router.topology.epoch == cluster.topology.epoch
+        finally:
+            await router.close()
 
 
 async def test_a_stale_epoch_is_refreshed_and_nothing_is_lost() -> None:

@@ -117,10 +117,32 @@ async def test_topology_and_status_show_every_shard_also_one_that_is_away() -> N
         assert (status.user_count, status.event_count, status.sync_mode) == (20, 20, "always")
         assert all(s.pid and s.cpu_seconds and s.resident_bytes and s.address for s in status.shards)
         assert status.bytes_per_user > 0
+        assert all(s.log_bytes and s.log_position and not s.HasField("snapshot_time") for s in status.shards)
         await cluster.cut(1)
         status = admin_service_pb2.GetStatusResponse.FromString(await api.call(ADMIN + "GetStatus", b"", GRPC))
         assert [shard.state for shard in status.shards] == ["serving", "unreachable"]
         assert b'profile_service_shard_users{shard="0"}' in metrics.render()
+
+
+async def test_a_snapshot_is_written_when_it_is_asked_for_and_shows_in_the_status() -> None:
+    async with api_over_shards() as (api, _, metrics):
+        await api.call(INGEST, encode([f"u{number}" for number in range(20)]), GRPC)
+        encoded = await api.call(ADMIN + "CreateSnapshot", b"", GRPC)
+        positions = dict(admin_service_pb2.CreateSnapshotResponse.FromString(encoded).log_positions)
+        assert sorted(positions) == [0, 1]
+        status = admin_service_pb2.GetStatusResponse.FromString(await api.call(ADMIN + "GetStatus", b"", GRPC))
+        assert {shard.shard_id: shard.snapshot_position for shard in status.shards} == positions
+        assert all(shard.snapshot_time.seconds > 1_700_000_000 for shard in status.shards)
+        assert b'profile_service_shard_replay_bytes{shard="1"}' in metrics.render()
+
+
+async def test_what_a_shard_says_of_itself_is_passed_on() -> None:
+    async with api_over_shards() as (api, cluster, _):
+        cluster.healths[1].recovering(0.43, "replaying the log")
+        cluster.healths[1].state = "recovering"
+        status = admin_service_pb2.GetStatusResponse.FromString(await api.call(ADMIN + "GetStatus", b"", GRPC))
+        shard = status.shards[1]
+        assert (shard.state, shard.recovery_progress, shard.message) == ("recovering", 0.43, "replaying the log")
 
 
 @pytest.mark.parametrize("method", ["RankItems", "DeleteProfile", "MergeProfiles"])

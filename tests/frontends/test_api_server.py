@@ -129,6 +129,19 @@ async def test_health_and_reflection_know_every_service() -> None:
         assert listed >= set(SERVICES)
 
 
+async def test_a_frontend_is_not_ready_while_a_shard_recovers() -> None:
+    async with running() as (cluster, _), serving(cluster) as (frontend, _):
+        cluster.healths[1].state = "recovering"
+        await cluster.cut(1)
+        await until(lambda: not frontend.ready)
+        await cluster.serve(1)
+        await until(lambda: "recovering" in {shard.state for shard in frontend.api.admin.last_shards})
+        assert not frontend.ready
+        for state in ("serving", "full"):
+            cluster.healths[1].state = state
+            await until(lambda: frontend.ready)
+
+
 async def test_draining_answers_everything_accepted_and_is_quick_about_it() -> None:
     class Slow(FakeShard):
         release = asyncio.Event()

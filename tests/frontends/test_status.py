@@ -18,6 +18,7 @@ from profile_service.frontends import status as table
 CASES = [
     (errors.InvalidArgument("user_id", "must not be empty"), grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_ARGUMENT"),
     (errors.NotFound("no such user"), grpc.StatusCode.NOT_FOUND, 404, "NOT_FOUND"),
+    (errors.StorageFull("disk full", 1.0), grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "STORAGE_FULL"),
     (errors.ResourceExhausted("queue full", 0.25), grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "QUEUE_FULL"),
     (errors.Unavailable("shard 2 recovers", 1.0), grpc.StatusCode.UNAVAILABLE, 503, "UNAVAILABLE"),
     (errors.NotMine("partition 7 moved", 12), grpc.StatusCode.UNAVAILABLE, 503, "NOT_MINE"),
