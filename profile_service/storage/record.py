@@ -233,8 +233,10 @@ def _thicken(offset: int, payload: Sequence[Buffer]) -> tuple[int, Sequence[Buff
 
 
 def _masked(payload: Buffer, mask: int) -> bytes:
-    pattern = np.resize(np.frombuffer(mask.to_bytes(2, "little"), np.uint8), len(payload))
-    return (np.frombuffer(payload, np.uint8) ^ pattern).tobytes()
+    masked = np.frombuffer(payload, np.uint8).copy()
+    for index, byte in enumerate(mask.to_bytes(2, "little")):
+        masked[index::2] ^= byte
+    return masked.tobytes()
 
 
 def _sectors(view: memoryview) -> NDArray[np.uint8]:

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -82,18 +81,14 @@ class Found(Enum):
     DAMAGED = "damaged"
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What stands at an offset, and why it is taken for that.
-
-    Attributes:
-        header: of the record, for a RECORD, and for others where it is whole.
-        reason: for people; empty for END and RECORD.
-    """
+class Judgement(NamedTuple):
+    """What stands at an offset, and why it is taken for that."""
 
     found: Found
     header: Header | None = None
+    """Of a RECORD, and of what is not whole but for its header."""
     reason: str = ""
+    """For people; empty for END and RECORD."""
 
 
 def encode_segment_header(identity: bytes, first: int, size_bytes: int) -> bytes:
