@@ -34,7 +34,7 @@ schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_
 
 for command in (serve, demo, ingest, get, status, snapshot):
     app.command()(command)
-for benchmark in (bench.ingest,):
+for benchmark in (bench.ingest, bench.recovery, bench.snapshot):
     bench_app.command()(benchmark)
 app.add_typer(bench_app, name="bench")
 schema_app.command()(check)

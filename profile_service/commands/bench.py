@@ -72,6 +72,70 @@ def ingest(
     _run(benchmark, options, plot, as_json)
 
 
+def recovery(
+    users: Annotated[int, flag("--users", "Users in the snapshot.", min=1)] = 1_000_000,
+    history: Annotated[int, flag("--history", "Events of each of them in the snapshot.", min=1)] = 3,
+    events: Annotated[int, flag("--events", "Events logged after the snapshot.", min=1)] = 1_000_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1)] = 4_000,
+    rounds: Rounds = 5,
+    cold: Annotated[bool, flag("--cold", "Drop the page cache before each kill (all of it as root).")] = False,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how long a shard is away when its process is killed, phase by phase.
+
+    Example:  profile-service bench recovery --users 1000000 --events 1000000 --json
+    """
+    from benchmarks import recovery as benchmark
+
+    options = benchmark.Options(
+        users=users,
+        history=history,
+        events=events,
+        batch=batch,
+        rounds=rounds,
+        cold=cold,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
+def snapshot(
+    users: Annotated[int, flag("--users", "Users in the snapshot.", min=1)] = 1_000_000,
+    history: Annotated[int, flag("--history", "Events of each of them beforehand.", min=1)] = 3,
+    rate: Annotated[int, flag("--rate", "Events a second.", min=1)] = 50_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1)] = 200,
+    quiet_s: Annotated[float, flag("--quiet-s", "Seconds without a snapshot, before each one.", min=0.1)] = 10.0,
+    rounds: Rounds = 5,
+    sync: Annotated[SyncMode, flag("--sync", "Sync mode of the service.")] = "always",
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how much later acknowledgements come while a snapshot is written.
+
+    Example:  profile-service bench snapshot --rate 50000 --json
+    """
+    from benchmarks import snapshot as benchmark
+
+    options = benchmark.Options(
+        users=users,
+        history=history,
+        rate=rate,
+        batch=batch,
+        quiet_s=quiet_s,
+        rounds=rounds,
+        sync=sync,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) -> None:
     """Measures, draws where told, and prints the figures."""
     from profile_service.commands.terminal import stderr, stdout

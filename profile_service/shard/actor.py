@@ -33,6 +33,7 @@ from profile_service.shard.recovery import recover
 from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
+from profile_service.shard.startup import Startup
 from profile_service.shard.warm import warm_kernels
 from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem, Runner
 from profile_service.storage.wal import LogOptions
@@ -82,6 +83,8 @@ class ShardActor:
         directory: Path,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s shard {shard_id} %(levelname)s %(message)s")
+        self._startup = Startup()
+        self._startup.done("code")
         self._shard_id = shard_id
         self._schema = schema
         self._settings = settings
@@ -136,6 +139,7 @@ class ShardActor:
         try:
             # Loading the compiled kernels takes a third of a second, which the first batch shall not wait for.
             await asyncio.to_thread(warm_kernels, self._schema)
+            self._startup.done("kernels")
             shard = await self._recovered_shard()
         except Exception as error:  # Whatever it is: who asks hears of it, and what is stored stays.
             logger.critical("shard %d cannot recover", self._shard_id, exc_info=error)
@@ -148,6 +152,8 @@ class ShardActor:
         self._writer.add_done_callback(self._writer_ended)
         self._health.serving()
         self._server.serve(shard)
+        self._startup.done("serving")
+        logger.info("serving after %s", self._startup)
 
     async def _recovered_shard(self) -> Shard:
         storage, capacity = self._settings.storage, self._settings.capacity
@@ -167,6 +173,7 @@ class ShardActor:
                     run=self._runner("log"),
                     run_snapshots=self._runner("snapshots"),
                     progress=self._health.recovering,
+                    done=self._startup.done,
                 )
                 break
             except (LockHeld, DiskFull) as error:

@@ -37,6 +37,7 @@ from profile_service.shard.log_records import (
     decode_schema,
     encode_schema,
 )
+from profile_service.shard.startup import Phase
 from profile_service.shard.state import ShardState
 from profile_service.storage.fs import FileSystem, Lock
 from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
@@ -82,6 +83,7 @@ async def recover(
     run: Runner,
     run_snapshots: Runner,
     progress: Progress = lambda fraction, message: None,
+    done: Callable[[Phase], None] = lambda phase: None,
     new_state: Callable[[Schema], ShardState] | None = None,
 ) -> Recovered:
     """The shard that the directory holds; a new one where it holds none.
@@ -99,6 +101,7 @@ async def recover(
         run: runs what blocks, off the loop, one piece after the other.
         run_snapshots: the same for a snapshot's writes, which take longer.
         progress: hears how far it is.
+        done: hears when the snapshot is loaded, and when the log is replayed.
         new_state: makes an empty state of a schema.
 
     Raises:
@@ -107,7 +110,7 @@ async def recover(
         SchemaChangeRefused: rows of the schema before cannot become rows of `schema`.
         DiskFull: there is no room to begin.
     """
-    recovery = _Recovery(fs, directory, identity, capacity, partition_bits, progress, run_snapshots, new_state)
+    recovery = _Recovery(fs, directory, identity, capacity, partition_bits, progress, done, run_snapshots, new_state)
     lock = await run(lambda: recovery.lock(holder))
     log = None
     try:
@@ -149,12 +152,14 @@ class _Recovery:
         capacity: Capacity,
         partition_bits: int,
         progress: Progress,
+        done: Callable[[Phase], None],
         run_snapshots: Runner,
         new_state: Callable[[Schema], ShardState] | None,
     ) -> None:
         self._fs = fs
         self._directory = directory
         self._progress = progress
+        self._done = done
         self.snapshots = SnapshotStore(fs, directory / SNAPSHOT_DIRECTORY, identity, run_snapshots)
         self._new_state = new_state or (
             lambda schema: ShardState(schema, partitions=1 << partition_bits, capacity=capacity)
@@ -171,9 +176,11 @@ class _Recovery:
         loaded = self._load(log)
         state, snapshot = loaded if loaded is not None else (self._new_state(self._first_schema(log) or schema), None)
         loaded_at = time.monotonic()
+        self._done("snapshot")
         position = snapshot.replay_position if snapshot is not None else 0
         self._replay(state, log, position)
         state.finish_replay()
+        self._done("log")
         logger.info(
             "%s: %d users; snapshot from position %d loaded in %.2f s, %d records with %d events replayed in %.2f s%s",
             self._directory,

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.e2e.serving import run
 
 
@@ -38,3 +40,28 @@ def test_ingest_compares_sync_modes_in_turns(tmp_path: Path) -> None:
     assert all(len(found["rounds"]) == 2 for found in result["sync"].values())
     assert result["durability"]["rate_ratio"] > 0
     assert result["floor_events_per_second"] > 0
+
+
+def test_recovery_says_its_phases(tmp_path: Path) -> None:
+    flags = ("--users", "500", "--history", "2", "--events", "1000", "--batch", "100", "--rounds", "2")
+    result = bench("recovery", tmp_path, *flags)
+    assert set(result["phases_s"]) == {"code", "kernels", "snapshot", "log", "serving"}
+    assert len(result["rounds"]) == 2
+    for one in (result, *result["rounds"]):
+        assert sum(one["phases_s"].values()) == pytest.approx(one["process_to_serving_s"], abs=0.1)
+        assert 0 < one["process_to_serving_s"] <= one["process_to_read_s"] <= one["kill_to_read_s"]
+    assert result["snapshot_bytes"] > 500 * 100
+    assert result["replayed_bytes"] > 1000 * 100
+    assert result["page_cache"] == "warm"
+
+
+def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
+    flags = ("--users", "500", "--rate", "5000", "--batch", "50", "--quiet-s", "1", "--rounds", "2")
+    result = bench("snapshot", tmp_path, *flags)
+    for stretch in ("without", "during", "after"):
+        figures = result[stretch]
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["p99.9_ms"] <= figures["max_ms"]
+    assert result["without"]["batches"] >= 100
+    assert result["p99_difference_ms"] == result["during"]["p99_ms"] - result["without"]["p99_ms"]
+    assert len(result["snapshots"]) == 2
+    assert all(one["seconds"] > 0 and one["bytes"] > 500 * 100 for one in result["snapshots"])

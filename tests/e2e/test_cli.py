@@ -16,7 +16,17 @@ import pytest
 from profile_service.config import Capacity, Limits
 from tests.e2e.serving import run
 
-COMMANDS = (["serve"], ["demo"], ["ingest"], ["get"], ["status"], ["schema", "check"], ["bench", "ingest"])
+COMMANDS = (
+    ["serve"],
+    ["demo"],
+    ["ingest"],
+    ["get"],
+    ["status"],
+    ["schema", "check"],
+    ["bench", "ingest"],
+    ["bench", "recovery"],
+    ["bench", "snapshot"],
+)
 HEAVY = ("ray", "numba", "numpy", "pyarrow", "grpc", "pydantic", "google.protobuf")
 
 FAULTY = """\
