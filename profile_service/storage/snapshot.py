@@ -45,16 +45,16 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import crc32c
 import numpy as np
 
 from profile_service.errors import DataLoss, StartupError
-from profile_service.storage.fs import Buffer, DiskFull, File, FileSystem
+from profile_service.storage.fs import Buffer, DiskFull, File, FileSystem, Runner
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -75,12 +75,6 @@ _UNFINISHED = ".snapshot.new"
 _NAME = re.compile(r"(\d{10})\.snapshot")
 
 _COPY_BYTES = 1 << 22
-
-
-class Runner(Protocol):
-    """Runs blocking work off the loop."""
-
-    def __call__(self, work: Callable[[], Any], /) -> Awaitable[Any]: ...
 
 
 SnapshotState = Literal["whole", "damaged", "foreign", "newer"]
@@ -252,16 +246,21 @@ class SnapshotStore:
         # Not synced: a removal that a crash undoes leaves one more snapshot, which the next publishing removes.
 
     def _copy(self, data: memoryview, path: Path) -> None:
-        file = self._fs.create(path)
+        """Writes a file, in place of one that a salvage before began to write."""
+        unfinished = path.with_name(path.name + ".new")
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.remove(unfinished)
+        file = self._fs.create(unfinished)
         try:
             for offset in range(0, len(data), _COPY_BYTES):
                 file.write(offset, [data[offset : offset + _COPY_BYTES]])
             file.sync()
         except DiskFull:
-            self._fs.remove(path)
+            self._fs.remove(unfinished)
             raise
         finally:
             file.close()
+        self._fs.rename(unfinished, path)
         self._fs.sync_directory(path.parent)
 
     def _seed(self, generation: int) -> int:
