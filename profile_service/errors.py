@@ -14,6 +14,7 @@ ProfileServiceError
 ├── DataLoss               stored bytes are not what was written
 ├── SchemaError            faults of a schema file, all of them, with line numbers
 └── StartupError           the service cannot start here: says what to do
+    └── SchemaChangeRefused  stored profiles cannot follow a change of the schema
 """
 
 from __future__ import annotations
@@ -118,3 +119,11 @@ class SchemaError(ProfileServiceError):
 
 class StartupError(ProfileServiceError):
     """The service cannot start here."""
+
+
+class SchemaChangeRefused(StartupError):
+    """Stored profiles cannot follow a change of the schema; `faults` holds every reason."""
+
+    def __init__(self, faults: tuple[str, ...]) -> None:
+        super().__init__("\n  ".join(("the stored profiles cannot follow the changed schema:", *faults)))
+        self.faults = faults

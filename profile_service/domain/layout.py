@@ -18,7 +18,8 @@ from profile_service.domain.features.base import VIEW_DTYPES, Feature, FeatureIn
 from profile_service.domain.schema import FeatureSpec, Schema
 
 EVENT_COUNT, FIRST_SEEN, LAST_SEEN, LAST_RECEIVED = range(4)
-"""Slots of `i8` that every row has."""
+HEADER_SLOTS = 4
+"""Slots of `i8` that every row has, before those of any feature."""
 
 _I8 = np.iinfo(np.int64)
 
@@ -35,6 +36,8 @@ class Layout:
     row_bytes: int
     feature_bytes: tuple[int, ...]
     """Bytes of a row by feature."""
+    slots: tuple[dict[str, tuple[int, int]], ...]
+    """By feature: the slots that it owns, as (first, count) by view."""
     template: NDArray[np.uint8]
     """(row_bytes,) a fresh row."""
 
@@ -47,16 +50,19 @@ class Layout:
         slots.take("i8", initial=_I8.min)
         slots.take("i8")
         half_lives: list[float | None] = [None]
-        features, sizes = [], []
+        features, sizes, owned = [], [], []
         for spec in schema.features:
             if spec.half_life_s not in half_lives:
                 half_lives.append(spec.half_life_s)
-            before = slots.bytes_used()
+            before, first = slots.bytes_used(), dict(slots.used)
             features.append(_bind(schema, spec, half_lives.index(spec.half_life_s), slots))
             sizes.append(slots.bytes_used() - before)
+            owned.append({view: (at, slots.used[view] - at) for view, at in first.items() if slots.used[view] > at})
         row_bytes = -(-slots.bytes_used() // 8) * 8
         template = np.zeros(row_bytes, dtype=np.uint8)
-        layout = cls(tuple(features), tuple(half_lives), dict(slots.used), row_bytes, tuple(sizes), template)
+        layout = cls(
+            tuple(features), tuple(half_lives), dict(slots.used), row_bytes, tuple(sizes), tuple(owned), template
+        )
         views = layout.views_of(template.reshape(1, row_bytes))
         for view, slot, value in slots.initial:
             getattr(views, view)[0, slot] = value

@@ -25,3 +25,19 @@ def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
     # The mapping lives as long as the array: NumPy keeps the buffer's owner.
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     return np.frombuffer(region, dtype=dtype, count=count)
+
+
+def release(part: NDArray[Any]) -> None:
+    """Gives the pages back to the machine that lie wholly within `part`, a contiguous piece of what `reserve` returned;
+    they hold zeros when they are touched again.
+    """
+    assert part.flags.c_contiguous
+    whole: Any = part
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    region = whole.base.obj
+    assert isinstance(region, mmap.mmap)
+    start = -(-(part.ctypes.data - whole.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (part.ctypes.data - whole.ctypes.data + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start:
+        region.madvise(mmap.MADV_DONTNEED, start, end - start)

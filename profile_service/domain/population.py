@@ -26,19 +26,20 @@ class PopulationRow:
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
-        self._layout = Layout.compile(schema, population=True)
-        self._views = self._layout.wide_row()
+        self.layout = Layout.compile(schema, population=True)
+        self.views = self.layout.wide_row()
+        """One row, whose `f4` view has 64 bits."""
 
     def add(self, batch: Batch, received_ns: int) -> None:
         """Adds every event of the batch, whoever's it is."""
         whole = Batch(**{**batch.__dict__, "rows": np.zeros(len(batch.rows), dtype=np.int64)})
-        update_header(self._views.i8, whole.rows, whole.time_ns, received_ns)
-        for feature in self._layout.features:
-            feature.update(self._views, whole)
+        update_header(self.views.i8, whole.rows, whole.time_ns, received_ns)
+        for feature in self.layout.features:
+            feature.update(self.views, whole)
 
     def copy(self) -> bytes:
         """The row's bytes, for `load`."""
-        return b"".join(view.tobytes() for view in self._views)
+        return b"".join(view.tobytes() for view in self.views)
 
     def load(self, copied: bytes | memoryview) -> None:
         """Takes the row that was copied.
@@ -46,29 +47,29 @@ class PopulationRow:
         Raises:
             ValueError: it is not of this schema.
         """
-        if len(copied) != sum(view.nbytes for view in self._views):
+        if len(copied) != sum(view.nbytes for view in self.views):
             raise ValueError(f"{len(copied)} bytes are not a population of this schema")
         at = 0
-        for view in self._views:
+        for view in self.views:
             view[:] = np.frombuffer(copied, view.dtype, view.size, at).reshape(view.shape)
             at += view.nbytes
 
     def to_state(self, texts: ByteIndex) -> bytes:
         """An encoded PopulationState; `texts` is what the row's interned ids stand for."""
-        u4 = self._views.u4.copy()
+        u4 = self.views.u4.copy()
         numbers: dict[int, int] = {}
-        for feature in self._layout.features:
+        for feature in self.layout.features:
             for first, count in feature.strings():
                 for slot in range(first, first + count):
                     held = int(u4[0, slot])
                     if held:
                         u4[0, slot] = numbers.setdefault(held, len(numbers) + 1)
         return population_pb2.PopulationState(
-            f8=self._views.f8.tobytes(),
-            i8=self._views.i8.tobytes(),
-            f4=self._views.f4.tobytes(),
+            f8=self.views.f8.tobytes(),
+            i8=self.views.i8.tobytes(),
+            f4=self.views.f4.tobytes(),
             u4=u4.tobytes(),
-            u1=self._views.u1.tobytes(),
+            u1=self.views.u1.tobytes(),
             texts=[texts.bytes_of(held - 1).decode() for held in numbers],
             schema_fingerprint=self._schema.fingerprint,
         ).SerializeToString()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -57,6 +58,14 @@ class FeatureSpec:
     half_life_s: float | None
     """None where it does not decay."""
 
+    def shape(self) -> dict[str, Any]:
+        """What this feature's part of a row means: values as in JSON, by key of the schema file.
+
+        Features of one name and equal shapes read each other's rows. `events` are no part of it: they say what is
+        counted from now on, and nothing about what is there.
+        """
+        return {"kind": self.kind, "half_life": self.half_life_s, **self.options.shape()}
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -89,10 +98,16 @@ class Schema:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the meaning of a row changes, and with nothing else: 16 hexadecimal digits."""
+        """Changes when a row, or a replay of events into one, would mean something else; and with nothing else. 16
+        hexadecimal digits.
+
+        So the order of the features is part of it, which is that of a row's slots, and the order of event types is not.
+        What only reads look at is not: name, `prior`, `prior_strength`, `unit`. Nor is `ttl`: when a profile is
+        forgotten stands in the log, and a replay does not decide it again.
+        """
         meaning = [
-            [[event.name, event.weight] for event in self.event_types],
-            [[f.name, f.kind, f.options.model_dump(mode="json"), f.events, f.half_life_s] for f in self.features],
+            {event.name: event.weight for event in self.event_types},
+            [[f.name, f.shape(), sorted(f.events)] for f in self.features],
         ]
         canonical = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
         return xxhash.xxh64_hexdigest(canonical.encode())

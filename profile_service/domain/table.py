@@ -8,6 +8,7 @@ Nothing here waits, reads a clock or draws a random number: the same events in t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,14 +42,16 @@ class ProfileTable:
     """
 
     def __init__(self, schema: Schema, *, most_users: int = MOST_USERS, most_texts: int = MOST_TEXTS) -> None:
-        self.schema = schema
-        self.layout = Layout.compile(schema)
-        self.population = PopulationRow(schema)
         self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
         self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES)
-        self._rows: NDArray[np.uint8] = reserve(most_users * self.layout.row_bytes, np.uint8).reshape(
-            most_users, self.layout.row_bytes
-        )
+        layout = Layout.compile(schema)
+        self._bind(schema, layout, reserve_rows(most_users, layout), PopulationRow(schema))
+
+    def _bind(self, schema: Schema, layout: Layout, rows: NDArray[np.uint8], population: PopulationRow) -> None:
+        self.schema = schema
+        self.layout = layout
+        self.population = population
+        self._rows = rows
         self._views = self.layout.views_of(self._rows)
         self._half_lives_ns = [half_life_to_ns(seconds) for seconds in self.layout.half_lives_s]
         self._interned = sorted({f.attribute for f in self.layout.features if f.interns})
@@ -56,6 +59,21 @@ class ProfileTable:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def rows(self) -> NDArray[np.uint8]:
+        """(most users, row_bytes): the users' rows, by their numbers. Below `users.high_water` one that nobody has is
+        fresh; above, nothing is written yet."""
+        return self._rows
+
+    def rebound(
+        self, schema: Schema, layout: Layout, rows: NDArray[np.uint8], population: PopulationRow
+    ) -> ProfileTable:
+        """A table of `schema` with this one's users and texts, and with these rows of theirs: it takes this one's
+        place."""
+        table = copy.copy(self)
+        table._bind(schema, layout, rows, population)
+        return table
 
     @property
     def memory_bytes(self) -> int:
@@ -231,6 +249,12 @@ class ProfileTable:
         received = self._views.i8[first:last, LAST_RECEIVED]
         rows = np.flatnonzero((counts > 0) & (received < now_ns - int(ttl_s * 1e9))) + first
         return [self.users.bytes_of(row) for row in rows.tolist()]
+
+
+def reserve_rows(most_users: int, layout: Layout) -> NDArray[np.uint8]:
+    """(most_users, row_bytes) bytes in reserved address space."""
+    rows: NDArray[np.uint8] = reserve(most_users * layout.row_bytes, np.uint8)
+    return rows.reshape(most_users, layout.row_bytes)
 
 
 def _subset(batch: Batch, chosen: NDArray[np.int64]) -> Batch:

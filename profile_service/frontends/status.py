@@ -56,6 +56,7 @@ TABLE = (
     Row(errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
     Row(errors.DataLoss, grpc.StatusCode.DATA_LOSS, "DATA_LOSS"),
     Row(errors.SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "SCHEMA_INVALID"),
+    Row(errors.SchemaChangeRefused, grpc.StatusCode.FAILED_PRECONDITION, "SCHEMA_CHANGE_REFUSED"),
     Row(errors.StartupError, grpc.StatusCode.FAILED_PRECONDITION, "STARTUP_FAILED"),
     Row(asyncio.CancelledError, grpc.StatusCode.CANCELLED, "CANCELLED"),
     Row(TimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),

@@ -1,12 +1,13 @@
 """What every feature kind offers. A kind is one file of this package and one line of its registry.
 
 A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a
-row that it owns. A feature has four verbs over rows:
+row that it owns. A feature has five verbs over rows:
 
     update     adds a run of events to their rows (a numba kernel over columns: no Python object per event)
     merge      adds one row's values to another's
     finalize   turns one row's values, as of a moment, into the answer
     strings    says which slots hold interned texts
+    convert    brings rows along when the schema changes in a way that their values can follow
 
 Rows are bytes seen through typed views, one row a line:
 
@@ -142,6 +143,15 @@ class KindOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    only_read: ClassVar[frozenset[str]] = frozenset()
+    """Keys that say how a row is read, and nothing about what it holds."""
+    convertible: ClassVar[frozenset[str]] = frozenset()
+    """Keys whose change a row can follow, by `Feature.convert`."""
+
+    def shape(self) -> dict[str, Any]:
+        """What the numbers of a row mean, as far as the kind's own keys say it: values as in JSON, by key."""
+        return self.model_dump(mode="json", exclude=set(self.only_read))
+
 
 class Feature(ABC):
     """A kind bound to slots of a row."""
@@ -170,6 +180,14 @@ class Feature(ABC):
     @abstractmethod
     def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
         """Fills `message` with the row's values as of `context.read_ns`."""
+
+    def convert(self, target: RowViews, old: Feature, source: RowViews) -> None:
+        """Fills this feature's slots of fresh rows with what `old` holds in the same rows of `source`.
+
+        Both are of one name and kind, and differ in no key but the kind's `convertible` ones. All rows are converted at
+        once; a fresh one stays fresh.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} has nothing that rows could follow")
 
     def strings(self) -> Sequence[tuple[int, int]]:
         """Runs of `u4` slots, as (first, count), that hold interned ids."""

@@ -7,7 +7,7 @@ The likelihood is the mean of a Dirichlet posterior: `p_v = (W_v + a * prior_v) 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,9 @@ class CategoricalOptions(KindOptions):
     prior: Literal["uniform", "population"] = "uniform"
     prior_strength: float = Field(default=5.0, gt=0)
     """How many events of weight 1 the prior is worth."""
+
+    only_read: ClassVar[frozenset[str]] = frozenset({"prior", "prior_strength"})
+    convertible: ClassVar[frozenset[str]] = frozenset({"values"})
 
 
 @leaf_kernel
@@ -126,6 +129,20 @@ class CategoricalFeature(Feature):
         own = slice(self.slot, self.slot + len(self.labels))
         target.f4[row, own] = target.f4[row, own] * mine + source.f4[source_row, own] * theirs
         target.i8[row, self.landmark] = common
+
+    def convert(self, target: RowViews, old: Feature, source: RowViews) -> None:
+        """By the values' names. Values that are no longer listed join `other`, where new ones have been counted."""
+        assert isinstance(old, CategoricalFeature)
+        places = {label: place for place, label in enumerate(self.labels)}
+        other = np.zeros(len(source.f4), dtype=np.float64)
+        for place, label in enumerate(old.labels):
+            weights = source.f4[:, old.slot + place]
+            if label in places and label != OTHER:
+                target.f4[:, self.slot + places[label]] = weights
+            else:
+                other += weights
+        target.f4[:, self.slot + places[OTHER]] = other
+        target.i8[:, self.landmark] = source.i8[:, old.landmark]
 
     def weights(self, views: RowViews, row: int, read_ns: int) -> NDArray[np.float64]:
         """Decayed weight of each value, `other` last, as of `read_ns`."""

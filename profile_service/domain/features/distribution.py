@@ -6,7 +6,7 @@ Mean and variance follow West's weighted update (CACM 22(9), 1979) and Chan, Gol
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,8 @@ class DistributionOptions(KindOptions):
     attribute: str = Field(min_length=1)
     unit: str = ""
     bins: Bins
+
+    only_read: ClassVar[frozenset[str]] = frozenset({"unit"})
 
 
 @leaf_kernel

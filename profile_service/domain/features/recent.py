@@ -29,6 +29,8 @@ class RecentOptions(KindOptions):
     attribute: str = Field(min_length=1)
     size: int = Field(default=20, ge=1, le=1000)
 
+    convertible: ClassVar[frozenset[str]] = frozenset({"size"})
+
 
 @leaf_kernel
 def _update(
@@ -116,6 +118,12 @@ class RecentFeature(Feature):
         for j, (held, when) in enumerate(kept):
             target.u4[row, self.ids + j] = held
             target.i8[row, self.times + j] = when
+
+    def convert(self, target: RowViews, old: Feature, source: RowViews) -> None:
+        assert isinstance(old, RecentFeature)
+        count = min(self.size, old.size)
+        target.u4[:, self.ids : self.ids + count] = source.u4[:, old.ids : old.ids + count]
+        target.i8[:, self.times : self.times + count] = source.i8[:, old.times : old.times + count]
 
     def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
         message.recent.SetInParent()

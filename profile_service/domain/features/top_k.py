@@ -9,7 +9,7 @@ had as much as its lightest counter.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,17 @@ POPULATION_COUNTERS = 64
 """The population keeps at least so many counters: one row for all users can afford the smaller errors."""
 
 
+_DRIFT = 1e-4
+"""By how much of the total the sum of many weights of 32 bits may be off."""
+
+
 class TopKOptions(KindOptions):
     """Which attribute, and how many values to keep."""
 
     attribute: str = Field(min_length=1)
     k: int = Field(default=10, ge=1, le=1000)
+
+    convertible: ClassVar[frozenset[str]] = frozenset({"k"})
 
 
 @leaf_kernel
@@ -100,7 +106,12 @@ def _update(
 
 
 class TopKFeature(Feature):
-    """The total; k weights, then k errors; k interned ids, filled from the front."""
+    """The total; k weights, then k errors; k interned ids, filled from the front.
+
+    A counter that is free, and so has no id, holds as weight and error what a value may have had that is not listed:
+    whoever takes it starts from there. That is 0 unless the row has had fewer counters, or was merged with one that
+    had none free.
+    """
 
     interns: ClassVar[bool] = True
 
@@ -149,11 +160,9 @@ class TopKFeature(Feature):
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
         merged: dict[int, tuple[float, float]] = {}
         summaries = [(self._entries(target, row), mine), (self._entries(source, source_row), theirs)]
-        # The most that a value can have had which a summary does not list: nothing while it still has room.
-        unlisted = [
-            min(weight for weight, _ in entries.values()) * scale if len(entries) == self.k else 0.0
-            for entries, scale in summaries
-        ]
+        # The most that a value can have had which a summary does not list. A free counter is as light as any.
+        own = slice(self.counters, self.counters + self.k)
+        unlisted = [float(target.f4[row, own].min()) * mine, float(source.f4[source_row, own].min()) * theirs]
         for value in {**summaries[0][0], **summaries[1][0]}:
             weight = error = 0.0
             for (entries, scale), most in zip(summaries, unlisted, strict=True):
@@ -164,12 +173,35 @@ class TopKFeature(Feature):
         kept = sorted(merged.items(), key=lambda item: -item[1][0])[: self.k]
         target.f8[row, self.total] = target.f8[row, self.total] * mine + source.f8[source_row, self.total] * theirs
         target.u4[row, self.ids : self.ids + self.k] = 0
-        target.f4[row, self.counters : self.counters + 2 * self.k] = 0
+        target.f4[row, self.counters : self.counters + 2 * self.k] = sum(unlisted)
         for j, (value, (weight, error)) in enumerate(kept):
             target.u4[row, self.ids + j] = value
             target.f4[row, self.counters + j] = weight
             target.f4[row, self.counters + self.k + j] = error
         target.i8[row, self.landmark] = common
+
+    def convert(self, target: RowViews, old: Feature, source: RowViews) -> None:
+        """Of fewer counters the heaviest stay. To more of them is added what a value may have had that had none."""
+        assert isinstance(old, TopKFeature)
+        target.f8[:, self.total] = source.f8[:, old.total]
+        target.i8[:, self.landmark] = source.i8[:, old.landmark]
+        ids = source.u4[:, old.ids : old.ids + old.k]
+        weights: NDArray[Any] = source.f4[:, old.counters : old.counters + old.k]
+        errors: NDArray[Any] = source.f4[:, old.counters + old.k : old.counters + 2 * old.k]
+        if self.k < old.k:
+            # Free counters last, the heaviest first, equals as they stood.
+            order = np.lexsort((-weights, ids == 0), axis=1)[:, : self.k]
+            ids = np.take_along_axis(ids, order, axis=1)
+            weights = np.take_along_axis(weights, order, axis=1)
+            errors = np.take_along_axis(errors, order, axis=1)
+        count = min(self.k, old.k)
+        target.u4[:, self.ids : self.ids + count] = ids
+        target.f4[:, self.counters : self.counters + count] = weights
+        target.f4[:, self.counters + self.k : self.counters + self.k + count] = errors
+        if count < self.k:
+            unlisted = _unlisted(weights, errors, source.f8[:, old.total])[:, None]
+            target.f4[:, self.counters + count : self.counters + self.k] = unlisted
+            target.f4[:, self.counters + self.k + count : self.counters + 2 * self.k] = unlisted
 
     def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
         answer = message.top_k
@@ -185,6 +217,16 @@ class TopKFeature(Feature):
                 error=error * scale,
                 share=weight / total if total > 0 else 0.0,
             )
+
+
+def _unlisted(weights: Weights, errors: Weights, total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The most that a value can have had which has none of each row's counters, (rows,).
+
+    That is the lightest counter's weight. But a value that was driven out, or lost in a merge, left an error behind or
+    is missing in the sum: where neither is so, there was none.
+    """
+    complete = ~errors.any(axis=1) & (weights.sum(axis=1, dtype=np.float64) >= total * (1 - _DRIFT))
+    return np.where(complete, 0.0, weights.min(axis=1))
 
 
 class TopK(FeatureKind):
