@@ -37,6 +37,9 @@ STALL_TIMEOUT_S = 120.0
 LEFTOVER_TIMEOUT_S = 30.0
 """How long the processes of a service that was killed may take to end."""
 
+PORT_PATIENCE_S = 5.0
+"""The same for the frontend's ports, after its shards have ended."""
+
 POLL_S = 0.1
 SHARD_GRACE_S = 1.0
 
@@ -86,8 +89,9 @@ class Service:
         try:
             directory = service._open_directory(settings)
             _check_schema(directory, schema, settings)
+            _wait_for_leftovers(directory, progress, stopped)
             settings = replace(
-                _with_ports(settings),
+                _with_ports(settings, PORT_PATIENCE_S if directory.killed else 0.0),
                 shards=directory.manifest.shards,
                 storage=replace(settings.storage, data_dir=directory.path),
             )
@@ -161,7 +165,6 @@ class Service:
         progress: Progress,
         stopped: Callable[[], bool],
     ) -> None:
-        _wait_for_leftovers(directory, progress, stopped)
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema))
         shards = directory.manifest.shards
@@ -293,13 +296,20 @@ def _wait_for_leftovers(directory: DataDirectory, progress: Progress, stopped: C
             time.sleep(POLL_S)
 
 
-def _with_ports(settings: Settings) -> Settings:
+def _with_ports(settings: Settings, patience_s: float) -> Settings:
     """Settings whose ports are free just now and not 0, so that a restarted frontend is found where it was."""
-    with (
-        bind(settings, settings.grpc_port, "--grpc-port") as grpc_socket,
-        bind(settings, settings.http_port, "--http-port") as http_socket,
-    ):
-        return replace(settings, grpc_port=grpc_socket.getsockname()[1], http_port=http_socket.getsockname()[1])
+    give_up_at = time.monotonic() + patience_s
+    while True:
+        try:
+            with (
+                bind(settings, settings.grpc_port, "--grpc-port") as grpc_socket,
+                bind(settings, settings.http_port, "--http-port") as http_socket,
+            ):
+                return replace(settings, grpc_port=grpc_socket.getsockname()[1], http_port=http_socket.getsockname()[1])
+        except StartupError:
+            if time.monotonic() > give_up_at:
+                raise
+        time.sleep(POLL_S)
 
 
 def _warm(schema: Schema) -> None:

@@ -130,11 +130,13 @@ class Manifest:
 class DataDirectory:
     """A directory that this process has locked; made by `open`."""
 
-    def __init__(self, fs: FileSystem, path: Path, manifest: Manifest, lock: Lock) -> None:
+    def __init__(self, fs: FileSystem, path: Path, manifest: Manifest, lock: Lock, *, killed: bool) -> None:
         self._fs = fs
         self._lock = lock
         self.path = path
         self.manifest = manifest
+        self.killed = killed
+        """Whether the last one to have it locked never gave it back: it was killed, or the machine went down."""
 
     @classmethod
     def open(cls, fs: FileSystem, path: Path, new: Manifest, shards: int | None = None) -> DataDirectory:
@@ -155,6 +157,7 @@ class DataDirectory:
         fs.make_directory(path)
         # Nothing is left behind in a directory that turns out to be somebody else's.
         _check_ours(fs, path)
+        killed = _has_holder(fs, path)
         lock = fs.lock(path / LOCK, Holder.this_process().encode())
         try:
             if MANIFEST in fs.names(path):
@@ -167,13 +170,14 @@ class DataDirectory:
         except BaseException:
             lock.release()
             raise
-        return cls(fs, path, manifest, lock)
+        return cls(fs, path, manifest, lock, killed=killed)
 
     @classmethod
     def open_existing(cls, fs: FileSystem, path: Path) -> DataDirectory:
         """Locks a directory to look into it, or to mend it. Raises as `open` does."""
         manifest = read_manifest(fs, path)
-        return cls(fs, path, manifest, fs.lock(path / LOCK, Holder.this_process().encode()))
+        killed = _has_holder(fs, path)
+        return cls(fs, path, manifest, fs.lock(path / LOCK, Holder.this_process().encode()), killed=killed)
 
     def shard_directory(self, shard_id: int) -> Path:
         """Where a shard's files are."""
@@ -292,6 +296,11 @@ def _check_ours(fs: FileSystem, path: Path) -> None:
             f"{path} is not empty and no data directory of this service (it holds {', '.join(strange[:3])}"
             f"{' and more' if len(strange) > 3 else ''}); give an empty or a new directory with --data-dir"
         )
+
+
+def _has_holder(fs: FileSystem, path: Path) -> bool:
+    """Whether the lock's file names somebody: who releases a lock takes the name away."""
+    return LOCK in fs.names(path) and bool(_read(fs, path / LOCK))
 
 
 def _check_same(path: Path, manifest: Manifest, new: Manifest, shards: int | None) -> None:

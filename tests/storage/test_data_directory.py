@@ -75,6 +75,21 @@ def test_the_second_to_open_is_told_who_has_it(fs: FileSystem, made: Path) -> No
     DataDirectory.open_existing(fs, made).release()
 
 
+def test_a_directory_tells_whether_it_was_given_back(fs: FileSystem, made: Path) -> None:
+    first = DataDirectory.open(fs, made, Manifest.new(8, 2))
+    assert not first.killed
+    held = (made / LOCK).read_bytes()
+    first.release()
+    # As a process leaves it that is killed: the lock is gone, its name is not.
+    (made / LOCK).write_bytes(held)
+    second = DataDirectory.open_existing(fs, made)
+    assert second.killed
+    second.release()
+    third = DataDirectory.open(fs, made, Manifest.new(8, 2))
+    assert not third.killed
+    third.release()
+
+
 def test_a_shard_that_is_still_in_use_is_seen(fs: FileSystem, made: Path) -> None:
     directory = DataDirectory.open(fs, made, Manifest.new(8, 2))
     assert directory.shard_in_use(0) == ""
