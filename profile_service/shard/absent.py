@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from profile_service.errors import Unavailable
 from profile_service.shard.health import FAILED, Health
-from profile_service.shard.shard import ShardCounters
+from profile_service.shard.shard import Sender, ShardCounters
 from userprofile.internal.v1 import shard_pb2
 
 RECOVERING_RETRY_S = 0.5
@@ -29,7 +29,9 @@ class AbsentShard:
         self._sync_mode = sync_mode
         self._health = health
 
-    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+    async def submit(
+        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+    ) -> None:
         """Raises Unavailable."""
         self._refuse()
 

@@ -32,7 +32,7 @@ from profile_service.errors import (
     Unavailable,
 )
 from profile_service.shard.health import Health
-from profile_service.shard.shard import ShardCounters
+from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "userprofile.internal.v1.ShardService"
@@ -63,7 +63,9 @@ class ServedShard(Protocol):
 
     epoch: int
 
-    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+    async def submit(
+        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+    ) -> None:
         """As Shard.submit."""
 
     def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
@@ -151,23 +153,25 @@ class ShardServer:
         await context.send_initial_metadata(())
         exchange: _Exchange[ApplyResult] = _Exchange(self._window_bytes)
 
+        sender = Sender()
+
         async def take(encoded: bytes) -> None:
             request = shard_pb2.ApplyRequest.FromString(encoded)
-            submission = None if exchange.refused else await self._submit(request, len(encoded))
+            submission = None if sender.refused else await self._submit(request, len(encoded), sender)
             refused = submission is not None and submission.done() and submission.exception() is not None
             # Known before the next request is read.
-            exchange.refused |= refused
-            exchange.run(self._apply_result(request.request_id, submission, refused, exchange), len(encoded))
+            sender.refused |= refused
+            exchange.run(self._apply_result(request.request_id, submission, refused=refused), len(encoded))
 
         async for results in exchange.carry(requests, take, context):
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
 
-    async def _submit(self, request: shard_pb2.ApplyRequest, size_bytes: int) -> asyncio.Task[None]:
+    async def _submit(self, request: shard_pb2.ApplyRequest, size_bytes: int, sender: Sender) -> asyncio.Task[None]:
         """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a
         while: meanwhile the stream is not read, and no later request can get ahead."""
         give_up_at = asyncio.get_running_loop().time() + OVERLOAD_PATIENCE_S
         while True:
-            submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch))
+            submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch, sender))
             # `submit` takes or refuses before it first waits.
             await asyncio.sleep(0)
             refusal = submission.exception() if submission.done() else None
@@ -177,21 +181,15 @@ class ShardServer:
             await asyncio.sleep(OVERLOAD_POLL_S)
 
     async def _apply_result(
-        self,
-        request_id: int,
-        submission: asyncio.Task[None] | None,
-        refused: bool,
-        exchange: _Exchange[ApplyResult],
+        self, request_id: int, submission: asyncio.Task[None] | None, *, refused: bool
     ) -> ApplyResult:
-        if submission is None:
-            status, message = ApplyStatus.STATUS_AFTER_REFUSAL, "an earlier request of the stream was refused"
-        else:
-            status, message = ApplyStatus.STATUS_APPLIED, ""
-            try:
-                await submission
-            except ProfileServiceError as error:
-                exchange.refused = True
-                status, message = _apply_status(error, refused=refused), error.message
+        status, message = ApplyStatus.STATUS_APPLIED, ""
+        try:
+            if submission is None:
+                raise AfterRefusal("an earlier request of the stream was refused", retry_after_s=0.1)
+            await submission
+        except ProfileServiceError as error:
+            status, message = _apply_status(error, refused=refused), error.message
         return ApplyResult(request_id=request_id, status=status, message=message)
 
     async def _read(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
@@ -284,8 +282,6 @@ class _Exchange(Generic[Answer]):
         self._changed = asyncio.Event()
         self._space = asyncio.Event()
         self._failure: BaseException | None = None
-        self.refused = False
-        """Whether a request was refused."""
 
     def run(self, work: Coroutine[Any, Any, Answer], weight: int) -> None:
         """Starts the work on one request; its weight counts until the answer is on its way."""
@@ -346,6 +342,8 @@ def _users_of(request: shard_pb2.ReadRequest) -> int:
 def _apply_status(error: ProfileServiceError, *, refused: bool) -> ApplyStatus.ValueType:
     """The status of a request that was refused when it came, or that ended with an error later."""
     match error:
+        case AfterRefusal():
+            return ApplyStatus.STATUS_AFTER_REFUSAL
         case NotMine():
             return ApplyStatus.STATUS_NOT_MINE
         case StorageFull():

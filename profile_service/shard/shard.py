@@ -86,11 +86,30 @@ class ShardCounters:
     snapshot_time_ns: int
 
 
+class AfterRefusal(Unavailable):
+    """An earlier submission of the same sender was refused; nothing of this one is kept."""
+
+
+@dataclass
+class Sender:
+    """One whose submissions are kept as a prefix of what it sends: no part may overtake the one before it, for its
+    sequence would then be taken for a repetition when it comes again."""
+
+    refused: bool = False
+    """Whether one was refused; so is everything that comes after it."""
+
+    def check(self) -> None:
+        """Raises AfterRefusal."""
+        if self.refused:
+            raise AfterRefusal("an earlier request of the stream was refused", retry_after_s=0.1)
+
+
 @dataclass
 class _Submission:
     parts: Sequence[shard_pb2.ApplyRequest.Part]
     size_bytes: int
     epoch: int
+    sender: Sender
     done: asyncio.Future[None]
 
 
@@ -155,10 +174,13 @@ class Shard:
         self._health = health
         snapshotter.on_ready(self._wake.set)
 
-    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+    async def submit(
+        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+    ) -> None:
         """Returns when every event of the parts is durable and readable.
 
         Raises:
+            AfterRefusal: something that the sender submitted before was refused meanwhile.
             NotMine: the epoch, or a user, is another owner's.
             ResourceExhausted: the queue or the table is full.
             InvalidArgument: the bytes are not what they should be.
@@ -167,6 +189,7 @@ class Shard:
         """
         if self._closed:
             raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
+        sender = sender if sender is not None else Sender()
         self._check_epoch(epoch)
         if self._queued_bytes + size_bytes > self._capacity.shard_queue_bytes and self._queue:
             raise ResourceExhausted(
@@ -178,7 +201,7 @@ class Shard:
             raise ResourceExhausted(
                 f"shard {self.shard_id} holds {len(table)} users and has no room for more", retry_after_s=10.0
             )
-        submission = _Submission(parts, size_bytes, epoch, asyncio.get_running_loop().create_future())
+        submission = _Submission(parts, size_bytes, epoch, sender, asyncio.get_running_loop().create_future())
         self._queue.append(submission)
         self._queued_bytes += size_bytes
         self._queued_events += events
@@ -267,6 +290,7 @@ class Shard:
     def _check(self, submission: _Submission) -> list[_Checked] | None:
         """Decodes the submission's parts; None if it was refused whole."""
         try:
+            submission.sender.check()
             # Owners may have changed meanwhile. What was routed by another epoch goes back whole, even if this shard
             # still owns it: the same producer's next batch must not overtake it.
             self._check_epoch(submission.epoch)
@@ -428,6 +452,7 @@ class Shard:
 
 
 def _fail(submission: _Submission, error: ProfileServiceError) -> None:
+    submission.sender.refused = True
     if not submission.done.done():
         submission.done.set_exception(error)
         # Whoever waited may have gone away; the error is then nobody's.

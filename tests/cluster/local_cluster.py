@@ -198,7 +198,9 @@ class FakeShard:
         self.requests: list[list[shard_pb2.ApplyRequest.Part]] = []
         """Parts of each request that was taken."""
 
-    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+    async def submit(
+        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
+    ) -> None:
         self.requests.append(list(parts))
 
     def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:

@@ -146,7 +146,9 @@ async def test_draining_answers_everything_accepted_and_is_quick_about_it() -> N
     class Slow(FakeShard):
         release = asyncio.Event()
 
-        async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+        async def submit(
+            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
+        ) -> None:
             await super().submit(parts, size_bytes, epoch)
             await self.release.wait()
 

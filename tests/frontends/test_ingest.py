@@ -37,7 +37,9 @@ class Slow(FakeShard):
         super().__init__(shard_id, epoch, owned)
         self.release = asyncio.Event()
 
-    async def submit(self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int) -> None:
+    async def submit(
+        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
+    ) -> None:
         await super().submit(parts, size_bytes, epoch)
         await self.release.wait()
 
