@@ -135,7 +135,7 @@ def test_zeroed_from_every_byte_on_it_is_cut_or_a_loss(log: Written) -> None:
         found = outcome(log.with_file(last, data[:start] + bytes(SEGMENT - start)))
         begin, end = next((record for record in records if record[1] > start), (start, start))
         # Of a record whose header is cut, nothing tells how long it was: only the header's sectors count.
-        judged = begin + 32 if start < begin + 32 else end
+        judged = begin + 32 if any(data[start : begin + 32]) else end
         sector = -(-start // SECTOR) * SECTOR
         left = data[begin:start].rstrip(b"\0")
         if not left or sector < judged:
