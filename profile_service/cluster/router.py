@@ -170,6 +170,26 @@ class Router:
             batch = await self.submit(scanned, lane, sequence, 0, arrival_time_ns)
             await batch.done
 
+    def tell_acknowledged(self, producer_id: str, sequence: int, now_ns: int) -> None:
+        """Tells one owner that every batch of the producer up to this sequence is durable, with what else goes to that
+        owner; returns at once. Where the owner is away for PATIENCE_S, or has no room, nobody is told: what a producer
+        hears when it comes back may lag."""
+        if not self._stable.is_set():
+            return
+        link = self._owner_of(producer_id)
+        if link.applies.full:
+            return
+        lane = Lane(producer_id, patient=True)
+        batch = lane.open_batch(1)
+        part = shard_pb2.ApplyRequest.Part(
+            producer_id=producer_id, acknowledged_sequence=sequence, arrival_time_ns=now_ns
+        )
+        self._put(link, batch, part)
+        late = asyncio.get_running_loop().call_later(
+            PATIENCE_S, lane.fail, Unavailable("its owner cannot be reached", retry_after_s=1.0)
+        )
+        batch.done.add_done_callback(lambda _: late.cancel())
+
     async def read(
         self, user_ids: Sequence[str], features: Sequence[str], deadline_s: float | None = None
     ) -> list[bytes]:
@@ -328,6 +348,9 @@ class Router:
     def _put_again(self, waiting: Part) -> None:
         """Splits a part by the owners of now."""
         part = shard_pb2.ApplyRequest.Part.FromString(waiting.encoded)
+        if not part.events:
+            self._put(self._owner_of(part.producer_id), waiting.batch, part)
+            return
         scanned = self._scan(part.events, part.arrival_time_ns)
         order, start = split_by_owner(
             scanned.user_hash, scanned.status, self._owners, self.topology.partition_bits, len(self._links)
@@ -339,6 +362,10 @@ class Router:
             part.events = gather(scanned.buffer, scanned.offset, scanned.length, selection)
             part.event_count = len(selection)
             self._put(self._by_position[position], waiting.batch, part)
+
+    def _owner_of(self, name: str) -> ShardLink:
+        """Whoever owns the partition of a user, or of something else that is to have one place."""
+        return self._by_position[int(self._owners[partition_of(user_hash(name), self.topology.partition_bits)])]
 
     def _split_users(self, user_ids: Sequence[str], indexes: Sequence[int]) -> list[tuple[ShardLink, list[int]]]:
         by_owner: dict[int, list[int]] = {}

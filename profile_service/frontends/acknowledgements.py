@@ -2,6 +2,9 @@
 
 sequences     1 ── 2 ── 3 ── 4 ── 5
 in flight               3         5      so everything up to 2 can be acknowledged; 4 has to wait for 3
+
+A stream may begin with batches that were acknowledged before it. They are acknowledged again one by one, so that each
+answer names what was refused in the batches up to it, and no answer comes before the refusals that belong to it.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ Rejected = tuple[int, str, str]
 
 
 class Acknowledgements:
-    """The batches of one stream.
+    """The batches of one stream, whose sequences ascend one by one.
 
     >>> ledger = Acknowledgements(0)
     >>> ledger.begin(1, []); ledger.begin(2, []); ledger.end(2)
@@ -28,71 +31,84 @@ class Acknowledgements:
     2
 
     Args:
-        acknowledged: everything up to this sequence is known to be durable.
+        held: everything up to this sequence was durable before the stream began.
     """
 
-    def __init__(self, acknowledged: int) -> None:
-        self._acknowledged = acknowledged
-        self._highest = acknowledged
+    def __init__(self, held: int) -> None:
+        self.held = held
+        self._first = 0
+        self._last = 0
+        self._told = 0
         self._in_flight: SortedList[int] = SortedList()
         self._rejected: SortedDict[int, list[Rejected]] = SortedDict()
-        self._due = False
+        self._rejected_count = 0
 
     @property
     def acknowledged(self) -> int:
-        """Everything up to here was told to be durable."""
-        return self._acknowledged
+        """Everything up to here is durable and readable."""
+        ended = self._ended()
+        return max(self.held, ended) if ended >= self._first else self.held
 
     @property
     def in_flight(self) -> int:
         """Batches that have not ended."""
         return len(self._in_flight)
 
+    @property
+    def rejected_count(self) -> int:
+        """Refused events that are still to be told."""
+        return self._rejected_count
+
     def begin(self, sequence: int, rejected: list[Rejected]) -> None:
-        """A batch is on its way; of it, some events were refused. Sequences ascend."""
-        assert sequence > self._highest
-        self._highest = sequence
+        """A batch is on its way; of it, some events were refused."""
+        self._came(sequence, rejected)
         self._in_flight.add(sequence)
-        if rejected:
-            self._rejected[sequence] = rejected
 
     def end(self, sequence: int) -> None:
         """A batch is durable and readable."""
         self._in_flight.remove(sequence)
-        self._due = self._due or self._reached() > self._acknowledged
 
     def repeat(self, sequence: int, rejected: list[Rejected]) -> None:
-        """A batch came that had been acknowledged before: its sender is to hear of it again."""
-        if rejected:
-            self._rejected[sequence] = rejected
-        self._due = True
+        """A batch came that is held: its sender is to hear of it again."""
+        assert sequence <= self.held
+        self._came(sequence, rejected)
 
     def take(self) -> event_service_pb2.StreamEventsResponse | None:
         """What is to be told now: as many batches as are done; None where nothing is."""
-        if not self._due:
+        sequence = self._ended()
+        if sequence <= self._told:
             return None
-        sequence = max(self._reached(), self._acknowledged)
-        self._due = False
         response = event_service_pb2.StreamEventsResponse()
         while self._rejected and self._rejected.peekitem(0)[0] <= sequence:
             if len(response.rejected) >= REJECTED_PER_RESPONSE:
                 # The batch that comes next in `_rejected` is told in the next response, and so is all that follows it.
-                sequence = max(self._rejected.peekitem(0)[0] - 1, self._acknowledged)
-                self._due = True
+                sequence = self._rejected.peekitem(0)[0] - 1
                 break
             refused_in, events = self._rejected.popitem(0)
+            self._rejected_count -= len(events)
             response.rejected.extend(
                 event_pb2.RejectedEvent(sequence=refused_in, index=index, field=field, reason=reason)
                 for index, field, reason in events
             )
-        response.sequence = self._acknowledged = sequence
+        response.sequence = self._told = sequence
         return response
 
-    def _reached(self) -> int:
-        """Everything up to here is durable and readable."""
-        return self._in_flight[0] - 1 if self._in_flight else self._highest
+    def _came(self, sequence: int, rejected: list[Rejected]) -> None:
+        if not self._first:
+            self._first, self._told = sequence, sequence - 1
+        else:
+            assert sequence == self._last + 1
+        self._last = sequence
+        if rejected:
+            self._rejected[sequence] = rejected
+            self._rejected_count += len(rejected)
+
+    def _ended(self) -> int:
+        """Every batch of the stream up to this one has ended."""
+        return self._in_flight[0] - 1 if self._in_flight else self._last
 
     def check_invariants(self) -> None:
         """Asserts that nothing in flight is acknowledged."""
-        assert not self._in_flight or self._acknowledged < self._in_flight[0]
-        assert not self._in_flight or self._in_flight[-1] <= self._highest
+        assert not self._in_flight or self.acknowledged < self._in_flight[0] <= self._in_flight[-1] <= self._last
+        assert self._told <= max(self._ended(), self._first - 1)
+        assert self._rejected_count == sum(map(len, self._rejected.values()))

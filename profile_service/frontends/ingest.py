@@ -8,9 +8,12 @@ A stream is pipelined: the next batch is scanned while those before it are on th
 bytes that wait for their acknowledgement exceed the stream's window, or an owner's window is full.
 
 Sequences: the first batch of a stream may have any sequence from 1, each later one is one more than the one before. A
-    batch
-up to what is acknowledged already is acknowledged again and not applied. Of two streams with the same producer_id the
-newer one stays; the older one ends with ABORTED, for two senders would mix up their numbers.
+batch that was acknowledged before the stream began is acknowledged again, with what is refused of it, and not applied.
+Of two streams with the same producer_id the newer one stays; the older one ends with ABORTED, for two senders would mix
+up their numbers.
+
+What is acknowledged travels with each batch to the owners, so they are always a little behind. When a stream ends, one
+of them is told the last of it: a producer that comes back then hears exactly where it was.
 """
 
 from __future__ import annotations
@@ -25,12 +28,15 @@ from profile_service.cluster.batches import Lane
 from profile_service.cluster.router import Router
 from profile_service.config import Settings
 from profile_service.errors import InvalidArgument, ProfileServiceError, Superseded, Unavailable
-from profile_service.frontends.acknowledgements import Acknowledgements
+from profile_service.frontends.acknowledgements import REJECTED_PER_RESPONSE, Acknowledgements
 from profile_service.frontends.metrics import Metrics
 from profile_service.shard.dedupe import REQUEST_PREFIX
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import ScannedBatch, scan_batch
 from userprofile.v1 import event_pb2, event_service_pb2
+
+MOST_UNTOLD = 10 * REJECTED_PER_RESPONSE
+"""Refused events of one stream that wait to be told; beyond it the stream is not read."""
 
 
 class Ingest:
@@ -99,6 +105,8 @@ class Ingest:
             stream.close()
             if self._streams.get(producer_id) is stream:
                 del self._streams[producer_id]
+            if producer_id and stream.acknowledged > acknowledged:
+                self._router.tell_acknowledged(producer_id, stream.acknowledged, self._clock())
 
     def scan(self, message: bytes, now_ns: int) -> ScannedBatch:
         """Looks a message through."""
@@ -153,6 +161,11 @@ class _ProducerStream:
         self._changed = asyncio.Event()
         self._space = asyncio.Event()
 
+    @property
+    def acknowledged(self) -> int:
+        """Everything up to this sequence is durable and readable."""
+        return self._ledger.acknowledged
+
     async def carry(
         self, requests: AsyncIterator[bytes], first: ScannedBatch, draining: asyncio.Event
     ) -> AsyncIterator[bytes]:
@@ -167,6 +180,7 @@ class _ProducerStream:
                 if draining.is_set():
                     reading.cancel()
                 if (response := self._ledger.take()) is not None:
+                    self._space.set()
                     yield response.SerializeToString()
                 elif self._failure is not None:
                     raise self._failure
@@ -210,14 +224,15 @@ class _ProducerStream:
         sequence = scanned.sequence
         self._check_sequence(sequence)
         self._last_sequence = sequence
-        if sequence <= self._ledger.acknowledged:
+        # Whoever does not listen to what is refused is not listened to.
+        while self._held_bytes >= self._ingest.window_bytes or self._ledger.rejected_count >= MOST_UNTOLD:
+            self._space.clear()
+            await self._space.wait()
+        if sequence <= self._ledger.held:
             self._ingest.metrics.events_duplicate(scanned.count - scanned.rejected_count)
             self._ledger.repeat(sequence, scanned.rejected())
             self._changed.set()
             return
-        while self._held_bytes >= self._ingest.window_bytes:
-            self._space.clear()
-            await self._space.wait()
         batch = await self._router.submit(scanned, self._lane, sequence, self._ledger.acknowledged, scanned.now_ns)
         self._ledger.begin(sequence, self._ingest.refuse(scanned))
         self._held_bytes += scanned.buffer.size

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -50,12 +51,17 @@ class FakeService(
         """For each stream to come: by how much its first answer is behind the truth."""
         self.break_on: dict[str, grpc.StatusCode] = {}
         """Event type -> the status with which a batch that holds one ends its stream, unapplied."""
+        self.stream_failures: list[status_pb2.Status] = []
+        """What the next streams end with when a batch has come, unapplied."""
         self.refuse_stream: grpc.StatusCode | None = None
         self.may_answer = threading.Event()
         """Cleared, acknowledgements and GetPopulation wait for it."""
         self.may_answer.set()
         self.failures: list[status_pb2.Status] = []
         """What the next unary calls answer with."""
+        self.failures_after: list[status_pb2.Status] = []
+        """What the next batches answer with after they were counted."""
+        self.request_ids: set[str] = set()
         self.calls = 0
         self._changed = threading.Condition()
 
@@ -79,11 +85,13 @@ class FakeService(
             for type_, code in self.break_on.items():
                 if any(event.type == type_ for event in request.events):
                     context.abort(code, f"broken by an event of type {type_}")
+            if self.stream_failures:
+                context.abort_with_status(rpc_status.to_status(self.stream_failures.pop(0)))
             self._apply(producer, request, context)
             if left is not None and (left := left - 1) <= 0:
                 context.abort(grpc.StatusCode.UNAVAILABLE, "broken by the test")
             assert self.may_answer.wait(PATIENCE_S)
-            answer = event_service_pb2.StreamEventsResponse(sequence=self.applied[producer])
+            answer = event_service_pb2.StreamEventsResponse(sequence=request.sequence)
             for index, event in enumerate(request.events):
                 if event.type == "bad":
                     answer.rejected.add(sequence=request.sequence, index=index, field="type", reason="not declared")
@@ -120,13 +128,24 @@ class FakeService(
     def IngestEvents(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._maybe_fail(context)
         answer = event_service_pb2.IngestEventsResponse()
-        for index, event in enumerate(request.events):
-            if event.type == "bad":
-                answer.rejected.add(index=index, field="type", reason="not declared")
-            else:
-                self.counts[event.user_id] += 1
-                answer.accepted_count += 1
+        with self._changed:
+            is_new = not request.request_id or request.request_id not in self.request_ids
+            self.request_ids.add(request.request_id)
+            for index, event in enumerate(request.events):
+                if event.type == "bad":
+                    answer.rejected.add(index=index, field="type", reason="not declared")
+                else:
+                    self.counts[event.user_id] += is_new
+                    answer.accepted_count += 1
+            self._changed.notify_all()
+        self.may_answer.wait(PATIENCE_S)
+        if self.failures_after:
+            context.abort_with_status(rpc_status.to_status(self.failures_after.pop(0)))
         return answer
+
+    def CreateSnapshot(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._maybe_fail(context)
+        return admin_service_pb2.CreateSnapshotResponse()
 
     def GetProfile(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._maybe_fail(context)
@@ -181,20 +200,53 @@ def failure(
 
 
 UNAVAILABLE = failure(code_pb2.UNAVAILABLE, "the owner moves", retry_after_ms=5)
+CANCELLED = failure(code_pb2.CANCELLED, "the server stops")
+STORAGE_FULL = failure(code_pb2.RESOURCE_EXHAUSTED, "the disk is full", retry_after_ms=50, reason="STORAGE_FULL")
 FULL = failure(code_pb2.RESOURCE_EXHAUSTED, "the queue is full", retry_after_ms=40, reason="QUEUE_FULL")
+
+
+class Serving:
+    """A fake on a port of its own, free if none is given; it can be stopped and started again at the same place."""
+
+    def __init__(self, fake: FakeService, port: int = 0) -> None:
+        self._fake = fake
+        self._port = port
+        self._server: grpc.Server | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return f"127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._server = server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
+        event_service_pb2_grpc.add_EventServiceServicer_to_server(self._fake, server)
+        profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(self._fake, server)
+        admin_service_pb2_grpc.add_AdminServiceServicer_to_server(self._fake, server)
+        self._port = server.add_insecure_port(self.address)
+        server.start()
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """Ends every call, at once or after a time in which connections are asked to go (GOAWAY); what was applied
+        stays."""
+        if self._server is not None:
+            self._server.stop(grace_s).wait()
+            self._server = None
+
+    def __enter__(self) -> Serving:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._fake.may_answer.set()
+        self.stop()
 
 
 @contextmanager
 def serving(fake: FakeService, port: int = 0) -> Iterator[str]:
     """Serves the fake, on a free port if none is given, and yields its address."""
-    server = grpc.server(futures.ThreadPoolExecutor(max_workers=8))
-    event_service_pb2_grpc.add_EventServiceServicer_to_server(fake, server)
-    profile_service_pb2_grpc.add_ProfileServiceServicer_to_server(fake, server)
-    admin_service_pb2_grpc.add_AdminServiceServicer_to_server(fake, server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    try:
-        yield f"127.0.0.1:{bound}"
-    finally:
-        fake.may_answer.set()
-        server.stop(None).wait()
+    with Serving(fake, port) as served:
+        yield served.address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from typing import Any
@@ -26,7 +27,9 @@ from profile_client import (
     UnimplementedError,
 )
 from tests.client.both import Both
-from tests.client.fake_service import FULL, UNAVAILABLE, FakeService, failure
+from tests.client.fake_service import CANCELLED, FULL, UNAVAILABLE, FakeService, Serving, failure
+
+WAIT_S = 30.0
 
 
 def test_reads_and_their_errors(both: Both, fake: FakeService) -> None:
@@ -53,7 +56,6 @@ def test_what_the_service_does_not_offer_says_so(both: Both) -> None:
             client.rank_items("u1", [("i1", {"color": "red", "price": 1})]),
             client.delete_profile("u1"),
             client.merge_profiles("u1", "u2"),
-            client.create_snapshot(),
             client.move_partitions([1, 2], 0),
         ):
             with pytest.raises(UnimplementedError):
@@ -74,7 +76,7 @@ def test_details_of_an_error_come_through(both: Both, fake: FakeService) -> None
             await client.get_profile("u1")
         assert wrong.value.violations == (("user_id", "at most 256 bytes"),)
         with pytest.raises(ResourceExhaustedError, match="queue is full") as full:
-            await client.ingest_events([Event("u1", "view")])
+            await client.create_snapshot()
         assert full.value.retry_after_s == pytest.approx(0.04)
         assert full.value.reason == "QUEUE_FULL"
 
@@ -157,18 +159,59 @@ def test_nobody_at_the_address_is_said_with_the_address(both: Both) -> None:
         both.run(scenario, address=address)
 
 
-def test_a_batch_is_tried_again_only_with_a_request_id(both: Both, fake: FakeService) -> None:
-    fake.failures.append(UNAVAILABLE)
+@pytest.mark.parametrize("request_id", [None, "r1"])
+@pytest.mark.parametrize("loses", ["the request", "the answer"])
+def test_a_batch_is_tried_again_under_one_request_id_and_counts_once(
+    both: Both, fake: FakeService, request_id: str | None, loses: str
+) -> None:
+    (fake.failures if loses == "the request" else fake.failures_after).extend([UNAVAILABLE, FULL, CANCELLED])
 
     async def scenario(client: Any) -> None:
-        with pytest.raises(UnavailableError) as caught:
-            await client.ingest_events([Event("u1", "view")])
-        assert caught.value.retry_after_s == pytest.approx(0.005)
-        fake.failures.append(UNAVAILABLE)
-        assert await client.ingest_events([Event("u1", "view")], request_id="r1") == 1
+        assert await client.ingest_events([Event("u1", "view")], request_id) == 1
 
     both.run(scenario)
+    assert fake.calls == 4
     assert fake.counts == {"u1": 1}
+    assert len(fake.request_ids) == 1
+    assert request_id is None or fake.request_ids == {request_id}
+
+
+def test_every_batch_without_a_request_id_gets_one_of_its_own(both: Both, fake: FakeService) -> None:
+    async def scenario(client: Any) -> None:
+        for _ in range(3):
+            await client.ingest_events([Event("u1", "view")])
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 3}
+    assert len(fake.request_ids - {""}) == 3
+
+
+def test_a_batch_survives_a_connection_that_is_lost_while_it_waits(both: Both, fake: FakeService) -> None:
+    fake.may_answer.clear()
+
+    async def scenario(client: Any) -> None:
+        ingesting = asyncio.ensure_future(client.ingest_events([Event("u1", "view")], timeout_s=WAIT_S))
+        await asyncio.to_thread(fake.wait_until, lambda: fake.counts["u1"] == 1)
+        await asyncio.to_thread(served.stop)
+        fake.may_answer.set()
+        await asyncio.to_thread(served.start)
+        assert await ingesting == 1
+
+    with Serving(fake) as served:
+        both.run(scenario, address=served.address)
+    assert fake.counts == {"u1": 1}
+    assert fake.calls == 2
+
+
+def test_what_is_too_large_for_a_message_is_not_tried_again(both: Both, fake: FakeService) -> None:
+    fake.failures.append(failure(code_pb2.RESOURCE_EXHAUSTED, "Received message larger than max"))
+
+    async def scenario(client: Any) -> None:
+        with pytest.raises(ResourceExhaustedError, match="larger than max"):
+            await client.ingest_events([Event("u1", "view")])
+
+    both.run(scenario)
+    assert fake.calls == 1
 
 
 def test_refused_events_of_a_batch_are_named_and_the_rest_counts(both: Both, fake: FakeService) -> None:

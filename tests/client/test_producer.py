@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +29,12 @@ from profile_client import (
     ServiceError,
     UnavailableError,
 )
+from profile_client.events import frame
 from tests.client.both import Both
-from tests.client.fake_service import FakeService, serving
+from tests.client.fake_service import STORAGE_FULL, FakeService, Serving, serving
+from userprofile.v1 import event_pb2
 
-QUICK = {"reconnect_s": (0.001, 0.01)}
+QUICK: dict[str, Any] = {"reconnect_s": (0.001, 0.01)}
 WAIT_S = 30.0
 """Longer than any wait here lasts, shorter than a hang."""
 
@@ -51,6 +54,16 @@ async def send_and_fail(producer: Any) -> None:
     async with producer:
         await producer.send(Event("u1", "view"))
         raise LookupError
+
+
+async def send_for_room(producer: Any) -> None:
+    while True:
+        await producer.send(Event("u1", "view"))
+
+
+async def fill(producer: Any, event: Event) -> None:
+    while True:
+        await producer.send(event, timeout_s=0.05)
 
 
 def views(count: int) -> list[Event]:
@@ -109,7 +122,9 @@ def test_a_producer_is_counted_once_however_often_its_stream_breaks(both: Both, 
     events = [Event(f"u{n % 7}", "bad" if rng.random() < 0.2 else "view", event_id=str(n)) for n in range(400)]
     bad = [position for position, event in enumerate(events) if event.type == "bad"]
     reported: list[Rejected] = []
-    options = ProducerOptions(batch_events=5, in_flight_batches=3, on_rejected=reported.extend, **QUICK)  # type: ignore[arg-type]
+    options = ProducerOptions(
+        batch_events=5, in_flight_batches=3, on_acknowledged=lambda _, refused: reported.extend(refused), **QUICK
+    )
 
     async def scenario(client: Any) -> None:
         async with client.producer(options=options) as producer:
@@ -183,7 +198,7 @@ def test_an_import_that_is_interrupted_goes_on_without_counting_twice(both: Both
 def test_a_service_that_restarts_is_found_again(fake: FakeService) -> None:
     with serving(fake) as address:
         client = ProfileClient(address)
-        producer = client.producer(options=ProducerOptions(**QUICK))  # type: ignore[arg-type]
+        producer = client.producer(options=ProducerOptions(**QUICK))
         producer.send(Event("u1", "view"))
         producer.flush(WAIT_S)
     producer.send(Event("u1", "view"))
@@ -270,7 +285,7 @@ def test_what_is_refused_as_a_whole_fails_the_producer_at_once(
 
 def test_a_batch_that_breaks_every_stream_fails_the_producer_in_the_end(both: Both, fake: FakeService) -> None:
     fake.break_on = {"poison": grpc.StatusCode.INTERNAL}
-    options = ProducerOptions(give_up_s=0.1, **QUICK)  # type: ignore[arg-type]
+    options = ProducerOptions(give_up_s=0.1, **QUICK)
 
     async def scenario(client: Any) -> None:
         producer = client.producer(options=options)
@@ -293,11 +308,141 @@ def test_a_service_that_is_away_is_named_by_flush_and_fails_the_producer_in_the_
         with pytest.raises(DeadlineExceededError, match=f"no stream within .*{nobody}"):
             await producer.acknowledged_sequence(0.2)
         await producer.send(Event("u1", "view"))
-        with pytest.raises(UnavailableError, match=nobody):
+        with pytest.raises(UnavailableError, match=f"{nobody}.*; 1 events are not acknowledged"):
             await producer.flush(WAIT_S)
+        with pytest.raises(UnavailableError, match=nobody):
+            await producer.send(Event("u2", "view"))
         await producer.close(flush=False)
+        (unsent,) = await producer.unacknowledged()
+        assert event_pb2.Event.FromString(unsent).user_id == "u1"
 
     both.run(scenario, address=nobody)
+
+
+def test_a_service_that_takes_everything_and_answers_nothing_fails_the_producer_in_the_end(
+    both: Both, fake: FakeService
+) -> None:
+    fake.may_answer.clear()
+    options = ProducerOptions(give_up_s=0.3, batch_events=1, batch_bytes=100, buffer_bytes=100)
+
+    async def scenario(client: Any) -> None:
+        producer = client.producer(options=options)
+        # The first to notice is whoever waits: here `send`, for room.
+        with pytest.raises(UnavailableError, match=r"acknowledges nothing; \d+ events"):
+            await asyncio.wait_for(send_for_room(producer), WAIT_S)
+        with pytest.raises(UnavailableError):
+            await producer.flush()
+        await producer.close(flush=False)
+        assert len(await producer.unacknowledged()) == producer.sent_events > 0
+
+    both.run(scenario)
+
+
+def test_a_producer_outlives_a_service_that_is_away_and_holds_its_program_back_meanwhile(both: Both) -> None:
+    fake = FakeService()  # type: ignore[abstract]
+    options = ProducerOptions(batch_events=5, batch_bytes=200, buffer_bytes=1000, **QUICK)
+    events = views(300)
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=options) as producer:
+            await producer.send_batch(events[:100])
+            await producer.flush(WAIT_S)
+            for down in (served.stop, lambda: served.stop(0.2)):
+                # At once, and with a GOAWAY first.
+                await asyncio.to_thread(down)
+                sending = asyncio.ensure_future(producer.send_batch(events[producer.sent_events :][:100]))
+                with pytest.raises(BufferFullError):
+                    await fill(producer, events[0])
+                assert not sending.done()
+                await asyncio.to_thread(served.start)
+                await sending
+                await producer.flush(WAIT_S)
+            assert producer.acknowledged_events == producer.sent_events
+
+    with Serving(fake) as served:
+        both.run(scenario, address=served.address)
+    assert sum(fake.counts.values()) >= 300
+    assert sum(fake.sizes) == sum(fake.counts.values())
+
+
+def test_a_disk_that_is_full_is_waited_for_as_long_as_the_service_says(both: Both, fake: FakeService) -> None:
+    fake.stream_failures = [STORAGE_FULL] * 4
+
+    async def scenario(client: Any) -> None:
+        started = time.monotonic()
+        async with client.producer(options=ProducerOptions(**QUICK)) as producer:
+            await producer.send(Event("u1", "view"))
+            await producer.flush(WAIT_S)
+        assert time.monotonic() - started > 4 * 0.05
+        assert producer.last_error.reason == "STORAGE_FULL"
+
+    both.run(scenario)
+    assert fake.counts == {"u1": 1}
+    assert fake.hellos == 5
+
+
+def body(events: Sequence[Event]) -> bytes:
+    return b"".join(frame(event.to_message().SerializeToString()) for event in events)
+
+
+def test_batches_that_are_serialized_already_go_as_they_are(both: Both, fake: FakeService) -> None:
+    heard: list[tuple[int, list[tuple[int, int, int]]]] = []
+
+    def hear(sequence: int, refused: Sequence[Rejected]) -> None:
+        heard.append((sequence, [(r.sequence, r.index, r.position) for r in refused]))
+
+    async def scenario(client: Any) -> None:
+        async with client.producer("p", ProducerOptions(on_acknowledged=hear)) as producer:
+            assert await producer.acknowledged_sequence() == 0
+            await producer.send_serialized_batch(body(views(10)), 10)
+            await producer.send_serialized_batch(b"", 0)
+            await producer.send_serialized_batch(body([Event("u1", "view"), Event("u2", "bad")]), 2)
+            with pytest.raises(RejectedEventsError) as caught:
+                await producer.flush(WAIT_S)
+            assert [(r.position, r.serialized) for r in caught.value.rejected] == [(11, b"")]
+            with pytest.raises(ValueError, match="must be 1 or more"):
+                await producer.send_serialized_batch(b"", 0, sequence=-1)
+
+    both.run(scenario)
+    assert fake.sizes == [10, 0, 2]
+    assert [sequence for sequence, _ in heard] == sorted({sequence for sequence, _ in heard})
+    assert [refused for _, told in heard for refused in told] == [(3, 1, 11)]
+
+
+def test_a_producer_that_begins_anew_with_the_same_numbers_counts_once_and_hears_all_that_was_refused(
+    both: Both, fake: FakeService, seed: int
+) -> None:
+    rng = random.Random(seed)
+    events = [Event(f"u{n % 7}", "bad" if rng.random() < 0.1 else "view", event_id=str(n)) for n in range(400)]
+    batches = [events[start : start + 20] for start in range(0, 400, 20)]
+    bad = [(n // 20 + 1, n % 20) for n, event in enumerate(events) if event.type == "bad"]
+    # One process after the other sends all batches, and ends after so many of them; the streams break besides.
+    ends = [rng.randint(1, 19) for _ in range(5)] + [20]
+    fake.break_streams_after = iter([rng.randint(1, 6) for _ in range(20)])
+    fake.lag = iter([rng.randint(0, 3) for _ in range(100)])
+    heard: list[tuple[int, int]] = []
+
+    def hear(_: int, refused: Sequence[Rejected]) -> None:
+        heard.extend((r.sequence, r.index) for r in refused)
+
+    for end in ends:
+        heard.clear()
+
+        async def run(client: Any, end: int = end) -> None:
+            producer = client.producer("file", ProducerOptions(on_acknowledged=hear, in_flight_batches=4, **QUICK))
+            for sequence, batch in enumerate(batches[:end], start=1):
+                await producer.send_serialized_batch(body(batch), len(batch), sequence=sequence)
+            if end == 20:
+                with pytest.raises(RejectedEventsError):
+                    await producer.flush(WAIT_S)
+                assert producer.acknowledged_events == 400
+            else:
+                await asyncio.to_thread(fake.wait_until, lambda: fake.received > 0)
+            await producer.close(flush=False)
+
+        both.run(run)
+    assert heard == bad
+    assert fake.counts == Counter(event.user_id for event in events if event.type != "bad")
 
 
 def test_two_producers_of_one_id_are_found_out(both: Both, fake: FakeService) -> None:
@@ -306,7 +451,7 @@ def test_two_producers_of_one_id_are_found_out(both: Both, fake: FakeService) ->
     fake.break_on = {"view": grpc.StatusCode.UNAVAILABLE}
 
     async def scenario(client: Any) -> None:
-        producer = client.producer("p1", ProducerOptions(**QUICK))  # type: ignore[arg-type]
+        producer = client.producer("p1", ProducerOptions(**QUICK))
         await producer.send(Event("u1", "view"))
         with pytest.raises(ProfileClientError, match="another producer uses the same producer_id"):
             await producer.flush(WAIT_S)
@@ -319,14 +464,14 @@ def test_two_producers_of_one_id_are_found_out(both: Both, fake: FakeService) ->
 def test_a_slow_callback_is_done_before_flush_is(both: Both, fake: FakeService, fails: bool) -> None:
     heard: list[Rejected] = []
 
-    def listen(rejected: Sequence[Rejected]) -> None:
+    def listen(_: int, rejected: Sequence[Rejected]) -> None:
         threading.Event().wait(0.05)
         if fails:
             raise LookupError("no place to write")
         heard.extend(rejected)
 
     async def scenario(client: Any) -> None:
-        producer = client.producer(options=ProducerOptions(on_rejected=listen))
+        producer = client.producer(options=ProducerOptions(on_acknowledged=listen))
         await producer.send(Event("u1", "bad"))
         with pytest.raises(ProfileClientError, match="no place to write" if fails else "1 events refused"):
             await producer.flush(WAIT_S)
@@ -337,11 +482,11 @@ def test_a_slow_callback_is_done_before_flush_is(both: Both, fake: FakeService, 
 
 
 def test_a_callback_that_fails_fails_the_producer(both: Both, fake: FakeService) -> None:
-    def complain(rejected: Sequence[Rejected]) -> None:
+    def complain(_: int, rejected: Sequence[Rejected]) -> None:
         raise LookupError("no place to write")
 
     async def scenario(client: Any) -> None:
-        producer = client.producer(options=ProducerOptions(on_rejected=complain))
+        producer = client.producer(options=ProducerOptions(on_acknowledged=complain))
         await producer.send_batch([Event("u1", "bad"), Event("u1", "view")])
         await asyncio.to_thread(fake.wait_until, lambda: fake.counts["u1"] == 1)
         with pytest.raises(ProfileClientError, match="no place to write"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from profile_client import ProducerOptions, ServiceError
-from profile_client.channel import next_wait_s
+from profile_client import ProducerOptions, ResourceExhaustedError, ServiceError
+from profile_client.channel import is_too_large, next_wait_s
 from profile_client.reconnect import Reconnection
 
 BROKEN = ServiceError("broken", grpc.StatusCode.UNAVAILABLE)
@@ -20,10 +20,10 @@ def ended(
     progress: int = 0,
     was_connected: bool = False,
     is_idle: bool = False,
-    now: float = 0.0,
+    stalled_s: float = 0.0,
 ) -> float | ServiceError:
     return reconnection.stream_ended(
-        error, progress=progress, was_connected=was_connected, is_idle=is_idle, now=now, chance=0.0
+        error, progress=progress, was_connected=was_connected, is_idle=is_idle, stalled_s=stalled_s, chance=0.0
     )
 
 
@@ -35,24 +35,10 @@ def test_waits_double_to_the_longest_and_begin_anew_with_progress() -> None:
 
 def test_a_connection_without_progress_does_not_put_off_giving_up() -> None:
     reconnection = Reconnection(OPTIONS)
-    assert ended(reconnection, was_connected=True, now=0) != BROKEN
-    assert ended(reconnection, was_connected=True, now=9) != BROKEN
-    assert ended(reconnection, was_connected=True, now=11) is BROKEN
-
-
-def test_progress_puts_off_giving_up() -> None:
-    reconnection = Reconnection(OPTIONS)
-    for second in range(0, 100, 9):
-        assert isinstance(ended(reconnection, progress=second, now=second), float)
-
-
-def test_a_producer_with_nothing_to_deliver_never_gives_up() -> None:
-    reconnection = Reconnection(OPTIONS)
-    for hour in range(10):
-        assert isinstance(ended(reconnection, is_idle=True, now=hour * 3600.0), float)
-    # It gets its whole time once there is something to deliver.
-    assert isinstance(ended(reconnection, now=9 * 3600 + 9.0), float)
-    assert ended(reconnection, now=9 * 3600 + 11.0) is BROKEN
+    assert ended(reconnection, was_connected=True, stalled_s=9) != BROKEN
+    assert ended(reconnection, was_connected=True, stalled_s=11) is BROKEN
+    verdict = ended(reconnection, None, was_connected=True, stalled_s=11)
+    assert isinstance(verdict, ServiceError)
 
 
 def test_an_idle_producer_does_not_hammer_a_service_that_is_away() -> None:
@@ -75,14 +61,15 @@ def test_a_call_waits_as_long_as_it_is_asked_to_and_else_ever_longer() -> None:
     assert waits[0] < next_wait_s(0, None, 0.9) < 2 * waits[0]
 
 
-def test_a_stream_that_has_answered_what_it_was_asked_is_followed_at_once() -> None:
-    reconnection = Reconnection(OPTIONS)
-    ended(reconnection)
-    assert ended(reconnection, None, progress=5, was_connected=True) == 0.0
-    # One that ends without a reason is not.
-    assert ended(reconnection, None, progress=5, was_connected=True) == 0.05
-    verdict = ended(reconnection, None, progress=5, was_connected=True, now=11)
-    assert isinstance(verdict, ServiceError)
+def test_what_is_too_large_is_not_repeated_but_what_is_full_is() -> None:
+    error = ServiceError("x", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert is_too_large(error) is False, "of that class only"
+    error = ResourceExhaustedError("Received message larger than max", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert ended(Reconnection(OPTIONS), error) is error
+    error.reason = "STORAGE_FULL"
+    assert ended(Reconnection(OPTIONS), error) == 0.05
+    error.retry_after_s = 1.5
+    assert ended(Reconnection(OPTIONS), error) == 1.5
 
 
 @pytest.mark.parametrize(

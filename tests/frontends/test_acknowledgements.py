@@ -51,17 +51,31 @@ def test_a_batch_that_was_acknowledged_before_is_told_again() -> None:
     ledger.repeat(3, [(0, "type", "undeclared")])
     response = ledger.take()
     assert response is not None
-    assert response.sequence == 7
+    # Not 7: what was refused of the batches from 4 to 7 has not been told on this stream.
+    assert response.sequence == 3
     assert [(event.sequence, event.index) for event in response.rejected] == [(3, 0)]
     assert ledger.take() is None
+    assert ledger.acknowledged == 7
+    for sequence in range(4, 8):
+        ledger.repeat(sequence, [])
+    ledger.begin(8, [])
+    response = ledger.take()
+    assert response is not None
+    assert response.sequence == ledger.acknowledged == 7
+    ledger.end(8)
+    assert ledger.acknowledged == 8
+    ledger.check_invariants()
 
 
 def test_a_stream_that_skips_ahead_acknowledges_nothing_that_it_has_not_sent() -> None:
     ledger = Acknowledgements(2)
     ledger.begin(10, [])
+    ledger.begin(11, [])
+    ledger.end(11)
     assert ledger.take() is None
     assert ledger.acknowledged == 2
+    ledger.check_invariants()
     ledger.end(10)
     response = ledger.take()
     assert response is not None
-    assert response.sequence == 10
+    assert response.sequence == ledger.acknowledged == 11

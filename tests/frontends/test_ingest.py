@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from profile_service.clock import system_clock
+from profile_service.cluster import router as router_module
 from profile_service.config import Capacity, Limits
 from profile_service.errors import InvalidArgument, ResourceExhausted, Superseded, Unavailable
+from profile_service.frontends import acknowledgements
+from profile_service.frontends import ingest as ingest_module
 from profile_service.frontends.api import Api
 from tests.cluster.local_cluster import FakeShard, encode, until
 from tests.frontends.api_harness import GRPC, Producer, api_over_shards
@@ -86,6 +89,103 @@ async def test_a_batch_sent_again_counts_once_and_a_returning_producer_hears_whe
         second.end()
         assert (await second.rest())[-1].sequence == 4
         assert await views(api, "u1") == 4
+
+
+@pytest.mark.parametrize("how", ["ends", "leaves"])
+async def test_a_producer_that_comes_back_after_its_stream_has_ended_hears_exactly_where_it_was(how: str) -> None:
+    async with api_over_shards(3) as (api, cluster, _):
+        first = Producer(api)
+        first.send(producer_id="p")
+        for sequence in range(1, 6):
+            first.send("u1", sequence=sequence)
+        await first.told_up_to(5)
+        if how == "ends":
+            first.end()
+            await first.rest()
+        else:
+            await first.leave()
+        await until(lambda: max(shard.acknowledged("p") for shard in cluster.shards.values()) == 5)
+        second = Producer(api)
+        second.send(producer_id="p")
+        assert (await second.told()).sequence == 5
+        second.end()
+        await second.rest()
+
+
+async def test_telling_where_a_producer_is_outlasts_the_shard_that_is_told_and_ends_no_stream() -> None:
+    async with api_over_shards(1) as (api, cluster, _):
+        first = Producer(api)
+        first.send(producer_id="p")
+        first.send("u1", sequence=1)
+        await first.told_up_to(1)
+        await cluster.kill(0)
+        first.end()
+        await asyncio.wait_for(first.rest(), 1)
+        await cluster.restart(0)
+        await until(lambda: cluster.shards[0].acknowledged("p") == 1)
+        # And it is durable there.
+        await cluster.kill(0)
+        await cluster.restart(0)
+        assert cluster.shards[0].acknowledged("p") == 1
+        assert await views(api, "u1") == 1
+
+
+async def test_what_is_told_of_a_producer_never_runs_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "PATIENCE_S", 0.1)
+    async with api_over_shards(2, make_shard=Slow) as (api, cluster, _):
+        producer = Producer(api)
+        producer.send(producer_id="p")
+        for sequence in (1, 2):
+            producer.send(*(f"u{number}" for number in range(10)), sequence=sequence)
+        told = asyncio.create_task(producer.told_up_to(2))
+        await until(lambda: all(shard.requests for shard in cluster.shards.values()))
+        # One owner has applied the first batch, the other nothing.
+        cluster.shards[0].release.set()
+        await asyncio.sleep(0.05)
+        told.cancel()
+        await asyncio.wait([told])
+        await producer.leave()
+        cluster.shards[1].release.set()
+        await asyncio.sleep(0.2)
+        parts = [part for shard in cluster.shards.values() for request in shard.requests for part in request]
+        assert {part.acknowledged_sequence for part in parts} == {0}
+        assert all(part.sequence for part in parts)
+
+
+async def test_batches_that_are_held_are_told_one_by_one_with_what_was_refused() -> None:
+    async with api_over_shards() as (api, _, _):
+        for _ in range(2):
+            producer = Producer(api)
+            producer.send(producer_id="p")
+            for sequence in (1, 2, 3):
+                producer.send("u1", "", sequence=sequence)
+            producer.end()
+            responses = await producer.rest()
+            for response in responses[1:]:
+                assert all(r.sequence <= response.sequence for r in response.rejected)
+            told = [(r.sequence, r.index) for response in responses for r in response.rejected]
+            assert told == [(1, 1), (2, 1), (3, 1)]
+            assert [response.sequence for response in responses[1:]] == sorted(r.sequence for r in responses[1:])
+        assert await views(api, "u1") == 3
+
+
+async def test_a_producer_that_does_not_listen_to_what_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest_module, "MOST_UNTOLD", 50)
+    monkeypatch.setattr(acknowledgements, "REJECTED_PER_RESPONSE", 10)
+    async with api_over_shards() as (api, _, _):
+        producer = Producer(api)
+        producer.send(producer_id="p")
+        await producer.told()
+        for sequence in range(1, 201):
+            producer.send(*[""] * 5, sequence=sequence)
+        producer.end()
+        # Nobody asks for more than one answer.
+        await producer.told()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert producer._requests.qsize() > 180
+        responses = await producer.rest()
+        assert responses[-1].sequence == 200
 
 
 async def test_an_anonymous_stream_is_acknowledged_and_counts_each_time() -> None:

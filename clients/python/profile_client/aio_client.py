@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -14,7 +16,7 @@ import grpc
 import grpc.aio
 
 from profile_client.aio_producer import AsyncProducer
-from profile_client.channel import CHANNEL_OPTIONS, MOST_TRIES, is_retryable, next_wait_s
+from profile_client.channel import CHANNEL_OPTIONS, is_retryable, next_wait_s
 from profile_client.errors import Rejected, RejectedEventsError, from_rpc_error
 from profile_client.events import Event, frame_all, set_attributes, unframe
 from profile_client.options import ProducerOptions
@@ -84,14 +86,13 @@ class AsyncProfileClient:
     async def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
-        for attempt in range(MOST_TRIES):
+        for attempt in itertools.count():
             try:
                 return await method(request, timeout=max(0.001, deadline - time.monotonic()))
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
                 wait_s = next_wait_s(attempt, error.retry_after_s, random.random())
-                last = attempt == MOST_TRIES - 1 or time.monotonic() + wait_s >= deadline
-                if last or not repeatable or not is_retryable(error):
+                if not repeatable or not is_retryable(error) or time.monotonic() + wait_s >= deadline:
                     raise error from rpc_error
                 await asyncio.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
@@ -163,21 +164,29 @@ class AsyncProfileClient:
         return Profile(answer.profile)
 
     async def ingest_events(
-        self, events: Iterable[Event], request_id: str = "", *, timeout_s: float | None = None
+        self, events: Iterable[Event], request_id: str | None = None, *, timeout_s: float | None = None
     ) -> int:
         """Sends one batch of up to 10,000 events and returns how many were counted, once they are durable and readable.
 
-        With a `request_id` the call is tried again when the service is unavailable, and counts once however often it is
-        sent.
+        The batch is counted once, however often it is sent: within the timeout it is sent again while the service, or
+        the way to it, is unavailable or full. After a `DeadlineExceededError`, an `UnavailableError` or a
+        `ResourceExhaustedError` some of its events may be counted; sent again with the same `request_id`, the rest
+        follow.
+
+        Args:
+            events: the batch.
+            request_id: names the batch, at most 256 bytes; a random one if None. A program that sends the batch again
+                in a later call gives its own, and never the same one for other events.
+            timeout_s: for all tries together.
 
         Raises:
             RejectedEventsError: some events were refused; the others were counted.
             TypeError, ValueError: an event holds what an event cannot hold; nothing was sent.
         """
         body = b"".join(frame_all(events))
-        rest = event_service_pb2.IngestEventsRequest(request_id=request_id).SerializeToString()
+        rest = event_service_pb2.IngestEventsRequest(request_id=request_id or uuid.uuid4().hex).SerializeToString()
         request = event_service_pb2.IngestEventsRequest.FromString(body + rest)
-        answer = await self._call(self._events.IngestEvents, request, timeout_s, repeatable=bool(request_id))
+        answer = await self._call(self._events.IngestEvents, request, timeout_s, repeatable=True)
         if answer.rejected:
             sent = list(unframe(body))
             rejected = [Rejected(0, r.index, r.field, r.reason, r.index, sent[r.index]) for r in answer.rejected]
@@ -190,9 +199,10 @@ class AsyncProfileClient:
         Use it as a context manager; leaving it flushes.
 
         Args:
-            producer_id: for a producer that goes on after its process ended. It sends again, in the same batches, what
-                follows its `acknowledged_sequence`: batches that the service holds already are not counted again.
-                One stream at a time may use an id. Without one, a random id.
+            producer_id: for a producer that goes on after its process ended: it sends again, in the same batches, what
+                follows its `acknowledged_sequence`, for a number that the service holds is not counted again. Other
+                events under the same numbers would be lost; so would those of two producers with one id, of which the
+                one that connects later ends the other. Without one, a random id.
             options: how it batches, how much it holds, and when it gives up.
         """
         producer = AsyncProducer(self._channel, producer_id, options)

@@ -1,22 +1,24 @@
-"""The producer over asyncio: `send` puts into a window, one task keeps a stream open and takes acknowledgements.
+"""The asyncio producer. `producer.py` is made from this file by `scripts/generate_sync_client.py`: change this one.
 
-What is sent, when, and when again is `window.py`'s and `reconnect.py`'s; here is the I/O around them.
+`send` puts into a window; in the background one stream after the other is kept open and takes acknowledgements. What is
+sent, when, and when again is `window.py`'s and `reconnect.py`'s; here is the I/O around them. One lock guards the
+window, and whatever changes wakes those who wait for room, for acknowledgements, or for something to send.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 import grpc.aio
 
+from profile_client.aio_concurrency import Background, Condition
 from profile_client.errors import (
     BufferFullError,
     DeadlineExceededError,
@@ -25,6 +27,7 @@ from profile_client.errors import (
     Rejected,
     RejectedEventsError,
     ServiceError,
+    UnavailableError,
     from_rpc_error,
 )
 from profile_client.events import Event, frame
@@ -33,9 +36,13 @@ from profile_client.reconnect import Reconnection
 from profile_client.stream import METHOD, encode_batch, encode_hello, parse_response
 from profile_client.window import Batch, ProducerWindow
 
+LONGEST_WAIT_S = 3600.0
+"""Whoever waits looks up so often, whatever happens."""
+
 
 class AsyncProducer:
-    """A stream of events: batched, bounded, sent again after a broken connection, counted once.
+    """A stream of events: batched, bounded, sent again after a broken connection, counted once. To be made where an
+    event loop runs.
 
     As a context manager it flushes when it is left; left by an exception, it drops what is not yet acknowledged.
 
@@ -54,16 +61,16 @@ class AsyncProducer:
         self._stream: Any = channel.stream_stream(METHOD)
         self._window = ProducerWindow(self.options)
         self._reconnection = Reconnection(self.options)
-        self._changed = asyncio.Condition()
-        self._work = asyncio.Event()
+        self._changed = Condition()
         self._closing = False
         self._connected = False
         self._was_told = False
         self._last_error: ServiceError | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._call: Any = None
+        self._generation = 0
+        self._background = Background(self._run, f"producer {self.producer_id}")
 
     async def __aenter__(self) -> Self:
-        self._start()
         return self
 
     async def __aexit__(
@@ -86,6 +93,16 @@ class AsyncProducer:
         """Those of them that the service has refused."""
         return self._window.rejected_events
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a stream is open just now. Without one the producer goes on by itself as soon as it can."""
+        return self._connected
+
+    @property
+    def last_error(self) -> ServiceError | None:
+        """What the last stream ended with; None where none has, or where the service ended it in order."""
+        return self._last_error
+
     async def acknowledged_sequence(self, timeout_s: float = 30.0) -> int:
         """Up to which of this producer's batches the service holds everything; waits until the service has said so.
 
@@ -93,10 +110,19 @@ class AsyncProducer:
             DeadlineExceededError: it has not said so in time.
             ProfileClientError: the producer has failed.
         """
-        self._start()
-        if not await self._wait(lambda: self._was_told, timeout_s):
-            raise DeadlineExceededError(f"no stream within {timeout_s} s{self._because()}")
-        return self._window.acknowledged_sequence
+        async with self._changed:
+            if not await self._wait(lambda: self._was_told, timeout_s):
+                raise DeadlineExceededError(f"no stream within {timeout_s} s{self._because()}")
+            return self._window.acknowledged_sequence
+
+    async def unacknowledged(self) -> list[bytes]:
+        """The serialized events that were taken and are not acknowledged, in their order.
+
+        Of a producer that has failed or was closed: what is to be kept elsewhere. Some of it may be counted: then its
+        acknowledgement was not heard.
+        """
+        async with self._changed:
+            return list(self._window.unacknowledged())
 
     async def send(self, event: Event, *, timeout_s: float | None = None) -> None:
         """Takes an event to be sent soon; waits while the buffer is full.
@@ -117,24 +143,62 @@ class AsyncProducer:
         for event in events:
             await self._put(frame(event.to_message().SerializeToString()), None)
 
+    async def send_serialized_batch(
+        self, events: bytes, count: int, *, sequence: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Takes a batch that is serialized already, and sends it as it is: for many events a second, and for batches
+        that are the same when they are sent again. Waits while the buffer is full.
+
+        With a `sequence` a producer can begin anew after its process has ended, and be counted once: it makes the same
+        batches again, under the same numbers, from any that it likes; what the service holds is not counted again, but
+        what was refused of it is told again. `acknowledged_sequence`, asked before the first batch, says where the
+        service was.
+
+        Args:
+            events: the events one after the other, each as 0A, its length (varint) and a serialized
+                userprofile.v1.Event: an IngestEventsRequest's encoding. May be empty.
+            count: how many they are.
+            sequence: the batch's number, from 1; each is one more than the one before. Without it the batches are
+                numbered on from what the service holds. Either all batches of a producer have one or none, and then
+                there are no single events.
+            timeout_s: how long to wait for room; None waits as long as it takes.
+
+        Raises:
+            BufferFullError: there was no room for `timeout_s` seconds; 0 does not wait at all.
+            ValueError: the number is not the next one, or the batch is too large for a message.
+            ProfileClientError: the producer has failed, as `flush` says too, or was closed.
+        """
+        async with self._changed:
+            self._window.check_batch(events, count, sequence)
+            await self._make_room(len(events), timeout_s)
+            self._window.add_batch(events, count, sequence, time.monotonic())
+            self._changed.notify_all()
+        # A caller with events at hand would else keep the loop to itself until the buffer is full.
+        await asyncio.sleep(0)
+
     async def _put(self, element: bytes, timeout_s: float | None) -> None:
-        self._start()
         window = self._window
-        if (
-            (window.failure is not None or not window.has_room(len(element)))
-            and not self._closing
-            and not await self._wait(lambda: window.has_room(len(element)), timeout_s)
-        ):
-            raise BufferFullError(f"no room for {len(element)} bytes within {timeout_s} s{self._because()}")
-        if self._closing:
-            raise ProducerClosedError("the producer is closed")
-        sealed = window.sealed_batches
-        window.add(element, time.monotonic())
-        if window.calls_for_sender:
-            self._work.set()
+        async with self._changed:
+            await self._make_room(len(element), timeout_s)
+            sealed = window.sealed_batches
+            window.add(element, time.monotonic())
+            if window.calls_for_sender:
+                self._changed.notify_all()
         if window.sealed_batches > sealed:
             # A caller with events at hand would else keep the loop to itself until the buffer is full.
             await asyncio.sleep(0)
+
+    async def _make_room(self, size: int, timeout_s: float | None) -> None:
+        """Returns, under the lock, when so many bytes may be added."""
+        window = self._window
+        if self._closing:
+            raise ProducerClosedError("the producer is closed")
+        if window.failure is None and window.has_room(size):
+            return
+        if not await self._wait(lambda: window.has_room(size), timeout_s):
+            raise BufferFullError(f"no room for {size} bytes within {timeout_s} s{self._because()}")
+        if self._closing:
+            raise ProducerClosedError("the producer is closed")
 
     async def flush(self, timeout_s: float | None = None) -> None:
         """Returns when everything sent before is durable and readable; without a timeout, however long it takes.
@@ -142,17 +206,18 @@ class AsyncProducer:
         Raises:
             RejectedEventsError: events were refused since the last flush; the others are durable.
             DeadlineExceededError: not everything was acknowledged in time; it goes on being sent.
-            ProfileClientError: the producer has failed, or was closed before.
+            ProfileClientError: the producer has failed, for `give_up_s` have passed without an acknowledgement, or the
+                service refuses what it sends; or it was closed before.
         """
-        self._start()
         window = self._window
-        target = window.sent_events
-        window.seal()
-        self._work.set()
-        if not await self._wait(lambda: window.acknowledged_events >= target, timeout_s):
-            missing = target - window.acknowledged_events
-            raise DeadlineExceededError(f"{missing} events not acknowledged within {timeout_s} s{self._because()}")
-        rejected, count = window.take_rejected()
+        async with self._changed:
+            window.seal(time.monotonic())
+            batches, events = window.sealed_batches, window.sent_events
+            self._changed.notify_all()
+            if not await self._wait(lambda: window.acknowledged_batches >= batches, timeout_s):
+                missing = events - window.acknowledged_events
+                raise DeadlineExceededError(f"{missing} events not acknowledged within {timeout_s} s{self._because()}")
+            rejected, count = window.take_rejected()
         if count:
             raise RejectedEventsError(rejected, count)
 
@@ -162,135 +227,153 @@ class AsyncProducer:
             if flush and not self._closing:
                 await self.flush(timeout_s)
         finally:
-            self._closing = True
-            task = self._task
-            if task is not None and task is not asyncio.current_task():
-                task.cancel()
-                await asyncio.wait([task])
-            await self._notify()
+            async with self._changed:
+                self._closing = True
+                self._changed.notify_all()
+            self._cancel_call()
+            await self._background.join()
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Waits for the condition and says whether it holds; a producer that has failed or was closed raises."""
+        """Waits, under the lock, for the condition and says whether it holds; a producer that has failed or was closed
+        raises. Here one fails that nobody answers, though its stream stands."""
         window = self._window
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: window.failure is not None or self._closing or condition())
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._has_ended() and not condition():
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return False
+            stalled_s = window.stalled_s(now)
+            if stalled_s > self.options.give_up_s:
+                window.failure = self._given_up(self._last_error)
+                self._cancel_call()
+                self._changed.notify_all()
+                break
+            look_again_in_s = min(self.options.give_up_s - stalled_s + 0.01, LONGEST_WAIT_S)
+            await self._changed.wait(look_again_in_s if deadline is None else min(look_again_in_s, deadline - now))
         if window.failure is not None:
             raise window.failure
-        if condition():
-            return True
-        if self._closing:
+        if not condition():
             missing = window.sent_events - window.acknowledged_events
             raise ProducerClosedError(f"the producer is closed; {missing} events were not acknowledged")
-        return False
+        return True
+
+    def _has_ended(self) -> bool:
+        return self._closing or self._window.failure is not None
 
     def _because(self) -> str:
         return f"; the last stream ended with: {self._last_error}" if self._last_error is not None else ""
 
-    async def _notify(self) -> None:
-        self._work.set()
-        async with self._changed:
-            self._changed.notify_all()
-
-    # --- the task ---
-
-    def _start(self) -> None:
-        if self._task is None and not self._closing:
-            self._task = asyncio.create_task(self._run(), name=f"producer {self.producer_id}")
+    # --- in the background ---
 
     async def _run(self) -> None:
+        failure: ProfileClientError | None = None
         try:
             failure = await self._keep_streaming()
         except asyncio.CancelledError:
             # By `close`, by the end of the loop, or by a channel that was closed under the stream.
-            self._closing = True
-            raise
-        except Exception as error:  # noqa: BLE001  whatever ends the task must reach those who wait for it
+            self._closing = self._closing or self._window.failure is None
+        except Exception as error:  # noqa: BLE001  whatever ends this must reach those who wait for it
             failure = ProfileClientError(f"the producer's stream cannot go on: {error!r}")
             failure.__cause__ = error
-        finally:
+        async with self._changed:
             self._connected = False
-        self._window.failure = failure
-        await self._notify()
+            self._window.failure = self._window.failure or failure
+            self._changed.notify_all()
 
-    async def _keep_streaming(self) -> ProfileClientError:
-        """One stream after the other, until one ends for good: why."""
+    async def _keep_streaming(self) -> ProfileClientError | None:
+        """One stream after the other, until one ends for good: why; None where the producer was closed."""
         while True:
             error = None
             try:
                 await self._converse()
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
-            if self._window.failure is not None:
-                return self._window.failure
-            was_connected, self._connected = self._connected, False
-            self._last_error = error
-            verdict = self._reconnection.stream_ended(
-                error,
-                progress=self._window.acknowledged_events,
-                was_connected=was_connected,
-                is_idle=self._window.is_idle,
-                now=time.monotonic(),
-                chance=random.random(),
-            )
-            if isinstance(verdict, ServiceError):
-                return verdict
-            await asyncio.sleep(verdict)
+            async with self._changed:
+                was_connected, self._connected = self._connected, False
+                if self._has_ended():
+                    return self._window.failure
+                self._last_error = error
+                now = time.monotonic()
+                verdict = self._reconnection.stream_ended(
+                    error,
+                    progress=self._window.acknowledged_batches,
+                    was_connected=was_connected,
+                    is_idle=self._window.is_idle,
+                    stalled_s=self._window.stalled_s(now),
+                    chance=random.random(),
+                )
+                if isinstance(verdict, ServiceError):
+                    return self._given_up(verdict)
+                until = now + verdict
+                while not self._has_ended() and now < until:
+                    await self._changed.wait(until - now)
+                    now = time.monotonic()
 
     async def _converse(self) -> None:
         """One stream, from its first message until it ends."""
-        call = self._stream()
-        writer = asyncio.create_task(self._write(call))
+        async with self._changed:
+            if self._has_ended():
+                return
+            self._generation += 1
+            self._call = call = self._stream(self._requests(self._generation))
         try:
-            while (message := await call.read()) is not grpc.aio.EOF:
+            async for message in call:
                 sequence, refused = parse_response(message)
-                if not self._connected:
-                    self._window.connected(sequence)
+                async with self._changed:
+                    if self._connected:
+                        self._acknowledge(sequence, refused)
+                    else:
+                        self._window.connected(sequence)
+                        self._connected = self._was_told = self._window.failure is None
+                    self._changed.notify_all()
                     if self._window.failure is not None:
                         return
-                    self._connected = self._was_told = True
-                self._report(self._window.acknowledge(sequence, refused))
-                await self._notify()
-                if self._window.failure is not None:
-                    return
-            if await call.code() is grpc.StatusCode.OK:
-                self._report(self._window.ended())
-                await self._notify()
         finally:
-            # The writer ends with its stream, before the next one may take batches.
-            writer.cancel()
-            await asyncio.wait([writer])
+            async with self._changed:
+                # The generator of requests belongs to this call alone, and ends before the next one may take batches.
+                self._generation += 1
+                self._changed.notify_all()
             call.cancel()
 
-    def _report(self, refused: tuple[Rejected, ...]) -> None:
-        """Tells of refused events, before a flush that waits for them returns."""
-        if not refused or self.options.on_rejected is None:
+    def _cancel_call(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    def _given_up(self, error: ServiceError | None) -> ServiceError:
+        """The error, and how much it leaves undelivered."""
+        if error is None:
+            error = UnavailableError("the service acknowledges nothing", grpc.StatusCode.UNAVAILABLE)
+        missing = self._window.sent_events - self._window.acknowledged_events
+        if missing:
+            error.args = (f"{error.args[0]}; {missing} events are not acknowledged",)
+        return error
+
+    def _acknowledge(self, sequence: int, refused: Sequence[Rejected]) -> None:
+        """Takes an answer, and tells of it before a flush that waits for it returns."""
+        answered = self._window.acknowledged_batches
+        placed = self._window.acknowledge(sequence, refused, time.monotonic())
+        if self.options.on_acknowledged is None or (self._window.acknowledged_batches == answered and not placed):
             return
         try:
-            self.options.on_rejected(refused)
+            self.options.on_acknowledged(sequence, placed)
         except Exception as error:  # noqa: BLE001  it is the program's own
-            self._window.failure = ProfileClientError(f"on_rejected failed: {error!r}")
+            self._window.failure = ProfileClientError(f"on_acknowledged failed: {error!r}")
             self._window.failure.__cause__ = error
 
-    async def _write(self, call: Any) -> None:
-        # A stream that breaks while it is written to: the reader learns why.
-        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await call.write(encode_hello(self.producer_id))
-            while (batch := await self._next_batch()) is not None:
-                await call.write(encode_batch(batch))
-            await call.done_writing()
+    async def _requests(self, generation: int) -> AsyncIterator[bytes]:
+        yield encode_hello(self.producer_id)
+        while (batch := await self._next_batch(generation)) is not None:
+            yield encode_batch(batch)
 
-    async def _next_batch(self) -> Batch | None:
+    async def _next_batch(self, generation: int) -> Batch | None:
         """The next batch to send; None when no more is to go over this stream."""
-        while True:
-            self._work.clear()
-            now = time.monotonic()
-            if self._connected:
-                batch = self._window.take(now)
-                if batch is not None or self._window.is_asked:
-                    return batch
-            # Due, but the window is full: the next acknowledgement wakes us.
-            due_in_s = (self._window.due_in_s(now) if self._connected else None) or None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(due_in_s):
-                    await self._work.wait()
+        async with self._changed:
+            while self._generation == generation and not self._closing:
+                now = time.monotonic()
+                if self._connected:
+                    batch = self._window.take(now)
+                    if batch is not None:
+                        return batch
+                # Due, but the window is full: the next acknowledgement wakes us.
+                await self._changed.wait((self._window.due_in_s(now) if self._connected else None) or None)
+            return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import grpc
+
 from profile_client.errors import ResourceExhaustedError, ServiceError, UnavailableError
 
 MESSAGE_BYTES = 64 << 20
@@ -23,14 +25,23 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_retries", 0),
 ]
 
-MOST_TRIES = 20
 _FIRST_WAIT_S = 0.02
 _LONGEST_WAIT_S = 1.0
+
+_BROKEN_CALL = {grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN}
+"""What gRPC may say, beside UNAVAILABLE, of a connection that broke, or of a server that stopped before it answered."""
 
 
 def is_retryable(error: ServiceError) -> bool:
     """Whether the same call may succeed a little later."""
-    return isinstance(error, UnavailableError | ResourceExhaustedError)
+    # The service gives a reason for each error of its own; one without comes from the way to it.
+    broken = error.code in _BROKEN_CALL and not error.reason
+    return broken or (isinstance(error, UnavailableError | ResourceExhaustedError) and not is_too_large(error))
+
+
+def is_too_large(error: ServiceError) -> bool:
+    """Whether gRPC itself refused a message for its size. A service that is full says why, and when to come again."""
+    return isinstance(error, ResourceExhaustedError) and not error.reason and error.retry_after_s is None
 
 
 def next_wait_s(attempt: int, retry_after_s: float | None, chance: float) -> float:

@@ -33,11 +33,15 @@ class ProducerOptions:
     """Batches on their way at once."""
     reconnect_s: tuple[float, float] = (0.05, 2.0)
     """First and longest wait before the stream is opened again."""
-    give_up_s: float = 60.0
-    """A producer that has something to deliver fails when its streams have broken for so long without any progress."""
-    on_rejected: Callable[[Sequence[Rejected]], object] | None = None
-    """Called with refused events as they become known, where the stream is read and before `flush` returns: it must be
-    quick, and must not send or flush. `flush` raises them all the same. If it raises, the producer fails."""
+    give_up_s: float = 600.0
+    """A producer that has something to deliver fails when nothing of it was acknowledged for so long: `send` and
+    `flush` then raise, and `unacknowledged` gives what was not delivered. Until then it tries again and again, and
+    `send` waits when the buffer is full."""
+    on_acknowledged: Callable[[int, Sequence[Rejected]], object] | None = None
+    """Called with the number up to which every batch is durable, and with the events that were refused in the batches
+    that are acknowledged now. It is called where the stream is read, before `flush` returns, under the producer's lock:
+    it must be quick, and must not send or flush. `flush` raises refused events all the same. If it raises, the producer
+    fails."""
 
     def __post_init__(self) -> None:
         first_s, longest_s = self.reconnect_s

@@ -1,21 +1,22 @@
-"""The producer over threads: `send` puts into a window, one thread keeps a stream open and takes acknowledgements.
+"""The synchronous producer. Made from `aio_producer.py` by `scripts/generate_sync_client.py`: change that one.
 
-What is sent, when, and when again is `window.py`'s and `reconnect.py`'s; here is the I/O around them. One lock guards
-the window; a condition on it wakes those who wait for room, for acknowledgements, or for something to send.
+`send` puts into a window; in the background one stream after the other is kept open and takes acknowledgements. What is
+sent, when, and when again is `window.py`'s and `reconnect.py`'s; here is the I/O around them. One lock guards the
+window, and whatever changes wakes those who wait for room, for acknowledgements, or for something to send.
 """
 
 from __future__ import annotations
 
 import random
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
+from profile_client.concurrency import Background, Condition
 from profile_client.errors import (
     BufferFullError,
     DeadlineExceededError,
@@ -24,6 +25,7 @@ from profile_client.errors import (
     Rejected,
     RejectedEventsError,
     ServiceError,
+    UnavailableError,
     from_rpc_error,
 )
 from profile_client.events import Event, frame
@@ -31,6 +33,9 @@ from profile_client.options import ProducerOptions
 from profile_client.reconnect import Reconnection
 from profile_client.stream import METHOD, encode_batch, encode_hello, parse_response
 from profile_client.window import Batch, ProducerWindow
+
+LONGEST_WAIT_S = 3600.0
+"""Whoever waits looks up so often, whatever happens."""
 
 
 class Producer:
@@ -53,15 +58,14 @@ class Producer:
         self._stream: Any = channel.stream_stream(METHOD)
         self._window = ProducerWindow(self.options)
         self._reconnection = Reconnection(self.options)
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._closing = False
         self._connected = False
         self._was_told = False
         self._last_error: ServiceError | None = None
         self._call: Any = None
         self._generation = 0
-        self._thread = threading.Thread(target=self._run, name=f"producer {self.producer_id}", daemon=True)
-        self._thread.start()
+        self._background = Background(self._run, f"producer {self.producer_id}")
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +90,16 @@ class Producer:
         """Those of them that the service has refused."""
         return self._window.rejected_events
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a stream is open just now. Without one the producer goes on by itself as soon as it can."""
+        return self._connected
+
+    @property
+    def last_error(self) -> ServiceError | None:
+        """What the last stream ended with; None where none has, or where the service ended it in order."""
+        return self._last_error
+
     def acknowledged_sequence(self, timeout_s: float = 30.0) -> int:
         """Up to which of this producer's batches the service holds everything; waits until the service has said so.
 
@@ -97,6 +111,15 @@ class Producer:
             if not self._wait(lambda: self._was_told, timeout_s):
                 raise DeadlineExceededError(f"no stream within {timeout_s} s{self._because()}")
             return self._window.acknowledged_sequence
+
+    def unacknowledged(self) -> list[bytes]:
+        """The serialized events that were taken and are not acknowledged, in their order.
+
+        Of a producer that has failed or was closed: what is to be kept elsewhere. Some of it may be counted: then its
+        acknowledgement was not heard.
+        """
+        with self._changed:
+            return list(self._window.unacknowledged())
 
     def send(self, event: Event, *, timeout_s: float | None = None) -> None:
         """Takes an event to be sent soon; waits while the buffer is full.
@@ -117,20 +140,56 @@ class Producer:
         for event in events:
             self._put(frame(event.to_message().SerializeToString()), None)
 
+    def send_serialized_batch(
+        self, events: bytes, count: int, *, sequence: int | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Takes a batch that is serialized already, and sends it as it is: for many events a second, and for batches
+        that are the same when they are sent again. Waits while the buffer is full.
+
+        With a `sequence` a producer can begin anew after its process has ended, and be counted once: it makes the same
+        batches again, under the same numbers, from any that it likes; what the service holds is not counted again, but
+        what was refused of it is told again. `acknowledged_sequence`, asked before the first batch, says where the
+        service was.
+
+        Args:
+            events: the events one after the other, each as 0A, its length (varint) and a serialized
+                userprofile.v1.Event: an IngestEventsRequest's encoding. May be empty.
+            count: how many they are.
+            sequence: the batch's number, from 1; each is one more than the one before. Without it the batches are
+                numbered on from what the service holds. Either all batches of a producer have one or none, and then
+                there are no single events.
+            timeout_s: how long to wait for room; None waits as long as it takes.
+
+        Raises:
+            BufferFullError: there was no room for `timeout_s` seconds; 0 does not wait at all.
+            ValueError: the number is not the next one, or the batch is too large for a message.
+            ProfileClientError: the producer has failed, as `flush` says too, or was closed.
+        """
+        with self._changed:
+            self._window.check_batch(events, count, sequence)
+            self._make_room(len(events), timeout_s)
+            self._window.add_batch(events, count, sequence, time.monotonic())
+            self._changed.notify_all()
+
     def _put(self, element: bytes, timeout_s: float | None) -> None:
         window = self._window
         with self._changed:
-            if (
-                (window.failure is not None or not window.has_room(len(element)))
-                and not self._closing
-                and not self._wait(lambda: window.has_room(len(element)), timeout_s)
-            ):
-                raise BufferFullError(f"no room for {len(element)} bytes within {timeout_s} s{self._because()}")
-            if self._closing:
-                raise ProducerClosedError("the producer is closed")
+            self._make_room(len(element), timeout_s)
             window.add(element, time.monotonic())
             if window.calls_for_sender:
                 self._changed.notify_all()
+
+    def _make_room(self, size: int, timeout_s: float | None) -> None:
+        """Returns, under the lock, when so many bytes may be added."""
+        window = self._window
+        if self._closing:
+            raise ProducerClosedError("the producer is closed")
+        if window.failure is None and window.has_room(size):
+            return
+        if not self._wait(lambda: window.has_room(size), timeout_s):
+            raise BufferFullError(f"no room for {size} bytes within {timeout_s} s{self._because()}")
+        if self._closing:
+            raise ProducerClosedError("the producer is closed")
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Returns when everything sent before is durable and readable; without a timeout, however long it takes.
@@ -138,15 +197,16 @@ class Producer:
         Raises:
             RejectedEventsError: events were refused since the last flush; the others are durable.
             DeadlineExceededError: not everything was acknowledged in time; it goes on being sent.
-            ProfileClientError: the producer has failed, or was closed before.
+            ProfileClientError: the producer has failed, for `give_up_s` have passed without an acknowledgement, or the
+                service refuses what it sends; or it was closed before.
         """
         window = self._window
         with self._changed:
-            target = window.sent_events
-            window.seal()
+            window.seal(time.monotonic())
+            batches, events = window.sealed_batches, window.sent_events
             self._changed.notify_all()
-            if not self._wait(lambda: window.acknowledged_events >= target, timeout_s):
-                missing = target - window.acknowledged_events
+            if not self._wait(lambda: window.acknowledged_batches >= batches, timeout_s):
+                missing = events - window.acknowledged_events
                 raise DeadlineExceededError(f"{missing} events not acknowledged within {timeout_s} s{self._because()}")
             rejected, count = window.take_rejected()
         if count:
@@ -161,40 +221,51 @@ class Producer:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
-                call = self._call
-            if call is not None:
-                call.cancel()
-            if self._thread is not threading.current_thread():
-                self._thread.join()
+            self._cancel_call()
+            self._background.join()
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Waits, under the lock, for the condition and says whether it holds; a producer that has failed or was closed
-        raises."""
+        raises. Here one fails that nobody answers, though its stream stands."""
         window = self._window
-        self._changed.wait_for(lambda: window.failure is not None or self._closing or condition(), timeout_s)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._has_ended() and not condition():
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                return False
+            stalled_s = window.stalled_s(now)
+            if stalled_s > self.options.give_up_s:
+                window.failure = self._given_up(self._last_error)
+                self._cancel_call()
+                self._changed.notify_all()
+                break
+            look_again_in_s = min(self.options.give_up_s - stalled_s + 0.01, LONGEST_WAIT_S)
+            self._changed.wait(look_again_in_s if deadline is None else min(look_again_in_s, deadline - now))
         if window.failure is not None:
             raise window.failure
-        if condition():
-            return True
-        if self._closing:
+        if not condition():
             missing = window.sent_events - window.acknowledged_events
             raise ProducerClosedError(f"the producer is closed; {missing} events were not acknowledged")
-        return False
+        return True
+
+    def _has_ended(self) -> bool:
+        return self._closing or self._window.failure is not None
 
     def _because(self) -> str:
         return f"; the last stream ended with: {self._last_error}" if self._last_error is not None else ""
 
-    # --- the thread ---
+    # --- in the background ---
 
     def _run(self) -> None:
+        failure: ProfileClientError | None = None
         try:
             failure = self._keep_streaming()
-        except Exception as error:  # noqa: BLE001  whatever ends the thread must reach those who wait for it
+        except Exception as error:  # noqa: BLE001  whatever ends this must reach those who wait for it
             failure = ProfileClientError(f"the producer's stream cannot go on: {error!r}")
             failure.__cause__ = error
         with self._changed:
             self._connected = False
-            self._window.failure = failure
+            self._window.failure = self._window.failure or failure
             self._changed.notify_all()
 
     def _keep_streaming(self) -> ProfileClientError | None:
@@ -206,27 +277,30 @@ class Producer:
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
             with self._changed:
-                if self._closing or self._window.failure is not None:
-                    return self._window.failure
                 was_connected, self._connected = self._connected, False
+                if self._has_ended():
+                    return self._window.failure
                 self._last_error = error
+                now = time.monotonic()
                 verdict = self._reconnection.stream_ended(
                     error,
-                    progress=self._window.acknowledged_events,
+                    progress=self._window.acknowledged_batches,
                     was_connected=was_connected,
                     is_idle=self._window.is_idle,
-                    now=time.monotonic(),
+                    stalled_s=self._window.stalled_s(now),
                     chance=random.random(),
                 )
                 if isinstance(verdict, ServiceError):
-                    return verdict
-                if self._changed.wait_for(lambda: self._closing, verdict):
-                    return None
+                    return self._given_up(verdict)
+                until = now + verdict
+                while not self._has_ended() and now < until:
+                    self._changed.wait(until - now)
+                    now = time.monotonic()
 
     def _converse(self) -> None:
         """One stream, from its first message until it ends."""
         with self._changed:
-            if self._closing:
+            if self._has_ended():
                 return
             self._generation += 1
             self._call = call = self._stream(self._requests(self._generation))
@@ -234,18 +308,14 @@ class Producer:
             for message in call:
                 sequence, refused = parse_response(message)
                 with self._changed:
-                    if not self._connected:
+                    if self._connected:
+                        self._acknowledge(sequence, refused)
+                    else:
                         self._window.connected(sequence)
-                        if self._window.failure is not None:
-                            return
-                        self._connected = self._was_told = True
-                    self._report(self._window.acknowledge(sequence, refused))
+                        self._connected = self._was_told = self._window.failure is None
                     self._changed.notify_all()
                     if self._window.failure is not None:
                         return
-            with self._changed:
-                self._report(self._window.ended())
-                self._changed.notify_all()
         finally:
             with self._changed:
                 # The generator of requests belongs to this call alone, and ends before the next one may take batches.
@@ -253,14 +323,29 @@ class Producer:
                 self._changed.notify_all()
             call.cancel()
 
-    def _report(self, refused: tuple[Rejected, ...]) -> None:
-        """Tells of refused events, under the lock: before a flush that waits for them returns."""
-        if not refused or self.options.on_rejected is None:
+    def _cancel_call(self) -> None:
+        if self._call is not None:
+            self._call.cancel()
+
+    def _given_up(self, error: ServiceError | None) -> ServiceError:
+        """The error, and how much it leaves undelivered."""
+        if error is None:
+            error = UnavailableError("the service acknowledges nothing", grpc.StatusCode.UNAVAILABLE)
+        missing = self._window.sent_events - self._window.acknowledged_events
+        if missing:
+            error.args = (f"{error.args[0]}; {missing} events are not acknowledged",)
+        return error
+
+    def _acknowledge(self, sequence: int, refused: Sequence[Rejected]) -> None:
+        """Takes an answer, and tells of it before a flush that waits for it returns."""
+        answered = self._window.acknowledged_batches
+        placed = self._window.acknowledge(sequence, refused, time.monotonic())
+        if self.options.on_acknowledged is None or (self._window.acknowledged_batches == answered and not placed):
             return
         try:
-            self.options.on_rejected(refused)
+            self.options.on_acknowledged(sequence, placed)
         except Exception as error:  # noqa: BLE001  it is the program's own
-            self._window.failure = ProfileClientError(f"on_rejected failed: {error!r}")
+            self._window.failure = ProfileClientError(f"on_acknowledged failed: {error!r}")
             self._window.failure.__cause__ = error
 
     def _requests(self, generation: int) -> Iterator[bytes]:
@@ -275,7 +360,7 @@ class Producer:
                 now = time.monotonic()
                 if self._connected:
                     batch = self._window.take(now)
-                    if batch is not None or self._window.is_asked:
+                    if batch is not None:
                         return batch
                 # Due, but the window is full: the next acknowledgement wakes us.
                 self._changed.wait((self._window.due_in_s(now) if self._connected else None) or None)

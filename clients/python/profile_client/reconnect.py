@@ -1,7 +1,6 @@
 """When a producer opens its stream again, and when it gives up; without I/O or clock.
 
-    stream ends ─▶ answered what was asked ──────────────▶ at once
-                ├▶ an error that repeating does not mend ▶ give up
+    stream ends ─▶ an error that repeating does not mend ▶ give up
                 ├▶ nothing to deliver, or progress made ─▶ after a short wait
                 └▶ no progress ──────────────────────────▶ after a doubling wait; give up after `give_up_s` of it
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import grpc
 
-from profile_client.channel import spread_s
+from profile_client.channel import is_too_large, spread_s
 from profile_client.errors import ServiceError, UnavailableError
 from profile_client.options import ProducerOptions
 
@@ -34,7 +33,6 @@ class Reconnection:
     def __init__(self, options: ProducerOptions) -> None:
         self._options = options
         self._progress = -1
-        self._failing_since: float | None = None
         self._attempt = 0
 
     def stream_ended(
@@ -44,7 +42,7 @@ class Reconnection:
         progress: int,
         was_connected: bool,
         is_idle: bool,
-        now: float,
+        stalled_s: float,
         chance: float,
     ) -> float | ServiceError:
         """What comes after a stream: seconds to wait before the next one, or the error to give up with.
@@ -54,20 +52,15 @@ class Reconnection:
             progress: a number that grows with all that is answered.
             was_connected: whether the service had answered its first message.
             is_idle: whether there is nothing to deliver.
-            now: a monotonic time in seconds.
+            stalled_s: for how long there has been something to deliver without progress.
             chance: in [0, 1), spreads producers whose streams broke together.
         """
-        if error is not None and error.code not in _BROKEN_STREAM:
+        if error is not None and (error.code not in _BROKEN_STREAM or is_too_large(error)):
             return error
         progressed, self._progress = progress > self._progress, progress
-        if progressed and error is None:
-            self._failing_since, self._attempt = None, 0
-            return 0.0
         if progressed or (is_idle and was_connected):
             self._attempt = 0
-        if progressed or is_idle or self._failing_since is None:
-            self._failing_since = now
-        if now - self._failing_since > self._options.give_up_s:
+        if stalled_s > self._options.give_up_s:
             return error or UnavailableError("the service ends every stream at once", grpc.StatusCode.UNAVAILABLE)
         first_s, longest_s = self._options.reconnect_s
         asked_s = error.retry_after_s if error is not None and error.retry_after_s else 0.0
