@@ -232,6 +232,20 @@ class ProfileTable:
             self._rows[numbers] = rows
         return numbers
 
+    def highest_text(self) -> int:
+        """The highest number, plus 1, of a text that a row or the population refers to; 0 for none."""
+        high = self.users.high_water
+        sources = ((self.layout, self._views.u4[:high]), (self.population.layout, self.population.views.u4))
+        return max(
+            (
+                int(u4[:, first : first + count].max(initial=0))
+                for layout, u4 in sources
+                for feature in layout.features
+                for first, count in feature.strings()
+            ),
+            default=0,
+        )
+
     def remove(self, user_id: str) -> bool:
         """Forgets the user; False for a user never seen."""
         row = self.users.remove(user_id.encode())

@@ -25,6 +25,7 @@ from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.decay import NS
 from profile_service.domain.memory import reserve
+from profile_service.domain.migrate import compare, migrate
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
 from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
@@ -157,20 +158,15 @@ class ShardState:
 
     def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
         """Raises what `change_schema` would raise, and changes nothing."""
-        if schema.fingerprint != self.schema.fingerprint:
-            compare(self.schema, schema, reset_features).raise_faults()
+        compare(self.schema, schema, reset_features).raise_faults()
 
     def change_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
-        """Rows are of `schema` from here on; what they hold stays, but for the features that start anew.
+        """Rows are of `schema` from here on.
 
         Raises:
-            SchemaChangeRefused: rows of the schema before cannot become rows of this one.
+            SchemaChangeRefused: rows of the schema before cannot become rows of `schema`; nothing has changed.
         """
-        if schema.fingerprint == self.schema.fingerprint:
-            # Of the same meaning, but perhaps of another text or time to live.
-            self.table.schema = schema
-        else:
-            self.table = migrate(self.table, schema, reset_features)
+        self.table = migrate(self.table, schema, reset_features)
         self.schema = schema
 
     def copy_blocks(self) -> StateCopy:

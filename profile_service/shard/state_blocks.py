@@ -1,17 +1,22 @@
 """A shard's state as the blocks of a snapshot: taken piece by piece from a state that goes on, and put together again.
 
-    SCHEMA      the schema file's text                                                           copied at once, when
-    COUNTERS    event_count, duplicate_count, users, texts                                       the copy begins
-    POPULATION  the population's row: f8, i8, f4 (64 bits wide), u4, u1
-    ROWS        rows in use, in the order of their places, and the ids of their users            ┐
-    PRODUCERS   sequences of producers                                                           │ in steps, in this
-    REQUESTS    partitions that request ids have reached                                         │ order
-    EVENT_IDS   keys of event ids and when they came, in the order of their coming               │
-    TEXTS       texts with numbers from a first one on                                           ┘
+    SCHEMA      the schema file's text                                                  ┐
+    LAYOUT      which slots of a row each feature owns, as JSON                         │ at once, when the copy
+    COUNTERS    event_count, duplicate_count, users, texts                              │ begins
+    POPULATION  the population's row: f8, i8, f4 (64 bits wide), u4, u1                 ┘
+    ROWS        rows in use, in the order of their places, and the ids of their users   ┐
+    PRODUCERS   sequences of producers                                                  │ in steps, in this order
+    REQUESTS    partitions that request ids have reached                                │
+    EVENT_IDS   keys of event ids and when they came, in the order of their coming      │
+    TEXTS       texts with numbers from a first one on                                  ┘
     END         rows and texts copied
 
 Rows hold numbers of texts. Texts are only added while a copy is under way, and are copied last: so whatever a row
-refers to is there. A text keeps its number.
+refers to is there. A text keeps its number. The layout is there so that a version which would lay out the same schema
+otherwise does not take one number for another.
+
+What a salvage brings may lack any block but the first two: a text that is gone is then called lost, and the others are
+as if they had never been.
 
     ROWS        u4 count   u4 row bytes   u8 id bytes     | rows | i4 lengths of ids  | ids
     PRODUCERS   u4 count   u4 partitions  u8 id bytes     | i8 acknowledged | i8 used ns | i8 last sequences, by
@@ -28,6 +33,7 @@ All numbers are little-endian; every section begins at a multiple of 8 bytes.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,13 +42,14 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from profile_service.domain.schema import Schema, parse_schema
+from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss
 from profile_service.storage.snapshot import SALVAGED, Block
 
 if TYPE_CHECKING:
     from profile_service.shard.state import ShardState
 
-SCHEMA, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXTS, END = range(1, 10)
+SCHEMA, LAYOUT, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXTS, END = range(1, 11)
 
 SPACE_BYTES = 1 << 20
 """What a step copies at most, unless a single row is larger: a quarter of a millisecond of copying."""
@@ -51,10 +58,12 @@ _PREFIX = struct.Struct("<IIQ")
 _COUNTERS = struct.Struct("<4q")
 _END = struct.Struct("<2q")
 
-_ROWS_A_STEP = 1024
-_REQUESTS_A_STEP = 512
-_EVENT_IDS_A_STEP = 1 << 14
-_TEXTS_A_STEP = 1 << 14
+ROWS_A_STEP = 1024
+PRODUCERS_A_STEP = 256
+REQUESTS_A_STEP = 512
+EVENT_IDS_A_STEP = 1 << 14
+TEXTS_A_STEP = 1 << 14
+
 _ID_BYTES = 64
 """Room for an id on average; where it does not do, a step copies fewer."""
 
@@ -70,6 +79,7 @@ class StateCopy:
         table = state.table
         self._first = [
             (SCHEMA, state.schema.text.encode()),
+            (LAYOUT, _describe(table)),
             (
                 COUNTERS,
                 _COUNTERS.pack(state.event_count, state.duplicate_count, len(table), table.texts.high_water),
@@ -109,7 +119,7 @@ class StateCopy:
         while row < self._rows:
             # The ids, whose size is not known before, are copied to the end of the space first.
             room = max(1, (len(self._space) - (1 << 16) - 64) // (row_bytes + _ID_BYTES + 4))
-            count = min(room, _ROWS_A_STEP, self._rows - row)
+            count = min(room, ROWS_A_STEP, self._rows - row)
             at = _PREFIX.size
             rows = self._space[at : at + count * row_bytes].reshape(count, row_bytes)
             lengths = np.empty(count, np.int32)
@@ -121,7 +131,7 @@ class StateCopy:
 
     def _copy_producers(self) -> Iterator[tuple[int, memoryview]]:
         held = self._state.producers
-        step = max(1, min(256, (len(self._space) // 2) // (8 * held.partitions + 1024)))
+        step = max(1, min(PRODUCERS_A_STEP, (len(self._space) // 2) // (8 * held.partitions + 1024)))
         for first in range(0, held.places, step):
             producers = held.producers(first, first + step)
             if producers:
@@ -138,7 +148,7 @@ class StateCopy:
     def _copy_requests(self) -> Iterator[tuple[int, memoryview]]:
         held = self._state.producers
         mask_bytes = -(-held.partitions // 8)
-        step = max(1, min(_REQUESTS_A_STEP, (len(self._space) // 2) // (mask_bytes + 1024)))
+        step = max(1, min(REQUESTS_A_STEP, (len(self._space) // 2) // (mask_bytes + 1024)))
         start, stop = held.requests_held
         for first in range(start, stop, step):
             requests = held.requests(first, min(first + step, stop))
@@ -155,15 +165,15 @@ class StateCopy:
 
     def _copy_event_ids(self) -> Iterator[tuple[int, memoryview]]:
         start, stop = self._state.event_ids.held
-        for first in range(start, stop, _EVENT_IDS_A_STEP):
-            keys, times = self._state.event_ids.copy(first, min(first + _EVENT_IDS_A_STEP, stop))
+        for first in range(start, stop, EVENT_IDS_A_STEP):
+            keys, times = self._state.event_ids.copy(first, min(first + EVENT_IDS_A_STEP, stop))
             if len(keys):
                 yield EVENT_IDS, self._join(len(keys), 0, 0, (keys, times))
 
     def _copy_texts(self, stop: int) -> Iterator[tuple[int, memoryview]]:
         number = 0
         while number < stop:
-            count = min(_TEXTS_A_STEP, stop - number)
+            count = min(TEXTS_A_STEP, stop - number)
             lengths = np.empty(count, np.int32)
             target = self._space[_aligned(_PREFIX.size + 8 + 4 * count) :]
             following, size = self._state.table.texts.copy_strings(number, number + count, lengths, target)
@@ -197,19 +207,21 @@ class _Reader:
         self.count, self.width, self.size = _PREFIX.unpack(payload[: _PREFIX.size])
         self._at = _PREFIX.size
 
-    def take(self, count: int, dtype: DTypeLike) -> NDArray[Any]:
-        """The next section."""
+    def take(self, count: int, dtype: DTypeLike, *, last: bool = False) -> NDArray[Any]:
+        """The next section; the block ends with the last one."""
         size = count * np.dtype(dtype).itemsize
         if self._at + size > len(self._data):
             raise ValueError(f"{len(self._data)} bytes, needs {self._at + size}")
         section = self._data[self._at : self._at + size].view(dtype)
         self._at = _aligned(self._at + size)
+        if last and self._at != len(self._data):
+            raise ValueError(f"{len(self._data)} bytes, ends at {self._at}")
         return section
 
     def strings(self) -> list[str]:
         """The ids that the block ends with."""
         lengths = self.take(self.count, np.int32)
-        joined = self.take(self.size, np.uint8).tobytes()
+        joined = self.take(self.size, np.uint8, last=True).tobytes()
         if (lengths < 0).any() or lengths.sum(dtype=np.int64) != self.size:
             raise ValueError("lengths of ids")
         ends = np.cumsum(lengths).tolist()
@@ -229,7 +241,8 @@ def load_state(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState
         if block.kind == SALVAGED:
             salvaged = True
         elif block.kind == SCHEMA:
-            loading = _Loading(new_state(parse_schema(bytes(block.payload).decode(), "the snapshot's schema")))
+            schema = parse_schema(bytes(block.payload).decode(), "the snapshot's schema")
+            loading = _Loading(new_state(schema), salvaged=salvaged)
         elif loading is None:
             raise DataLoss("the snapshot does not begin with its schema: its rows cannot be read")
         else:
@@ -239,61 +252,82 @@ def load_state(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState
                 raise DataLoss(f"a block of kind {block.kind} cannot be read: {error}") from error
     if loading is None:
         raise DataLoss("the snapshot holds no schema")
-    return loading.finish(salvaged)
+    return loading.finish()
 
 
 class _Loading:
-    def __init__(self, state: ShardState) -> None:
+    def __init__(self, state: ShardState, *, salvaged: bool) -> None:
         self._state = state
+        self._salvaged = salvaged
         self._rows = 0
-        self._end: tuple[int, int] | None = None
-        self._ways: dict[int, Callable[[Block], None]] = {
+        self._texts = 0
+        self._ways: dict[int, Callable[[memoryview], None]] = {
+            LAYOUT: self._take_layout,
             COUNTERS: self._take_counters,
             POPULATION: self._take_population,
-            ROWS: self._take_rows,
             PRODUCERS: self._take_producers,
             REQUESTS: self._take_requests,
             EVENT_IDS: self._take_event_ids,
             TEXTS: self._take_texts,
             END: self._take_end,
         }
-        self._missing = {COUNTERS, POPULATION, END}
+        self._missing = {LAYOUT, COUNTERS, POPULATION, END}
 
     def take(self, block: Block) -> None:
-        if block.kind not in self._ways:
-            raise ValueError("this version does not know it")
+        if block.kind != LAYOUT and LAYOUT in self._missing:
+            raise ValueError("the layout of the rows must come before it")
         self._missing.discard(block.kind)
-        self._ways[block.kind](block)
+        if block.kind == ROWS:
+            self._take_rows(block.payload, block.stamp)
+        elif block.kind in self._ways:
+            self._ways[block.kind](block.payload)
+        else:
+            raise ValueError("this version does not know it")
 
-    def finish(self, salvaged: bool) -> ShardState:
-        state = self._state
-        if not salvaged and (self._missing or self._end != (self._rows, state.table.texts.high_water)):
+    def finish(self) -> ShardState:
+        table = self._state.table
+        if LAYOUT in self._missing:
+            raise DataLoss("the snapshot does not say how its rows are laid out")
+        if self._salvaged:
+            self._name_lost_texts(max(self._texts, table.highest_text()))
+        elif self._missing or (self._rows, self._texts) != (0, table.texts.high_water):
             raise DataLoss("the snapshot does not hold all blocks of a state")
-        state.producers.finish_load()
-        return state
+        self._state.producers.finish_load()
+        return self._state
 
-    def _take_counters(self, block: Block) -> None:
+    def _name_lost_texts(self, stop: int) -> None:
+        """Gives texts to the numbers up to `stop` whose own are in no block."""
+        texts = self._state.table.texts
+        for number in range(texts.high_water, stop):
+            lost = f"(lost text {number})".encode()
+            texts.load_numbered(number, np.array([len(lost)], np.int32), np.frombuffer(lost, np.uint8))
+
+    def _take_layout(self, payload: memoryview) -> None:
+        if bytes(payload) != _describe(self._state.table):
+            raise ValueError("the version that wrote it laid out rows otherwise than this one does")
+
+    def _take_counters(self, payload: memoryview) -> None:
         state = self._state
-        state.event_count, state.duplicate_count, users, texts = _COUNTERS.unpack(block.payload)
+        state.event_count, state.duplicate_count, users, texts = _COUNTERS.unpack(payload)
         state.table.users.make_room(min(users, state.table.users.capacity), 0)
         state.table.texts.make_room(min(texts, state.table.texts.capacity), 0)
 
-    def _take_population(self, block: Block) -> None:
-        self._state.table.population.load(block.payload)
+    def _take_population(self, payload: memoryview) -> None:
+        self._state.table.population.load(payload)
 
-    def _take_rows(self, block: Block) -> None:
-        reader = _Reader(block.payload)
+    def _take_rows(self, payload: memoryview, stamp: int) -> None:
+        reader = _Reader(payload)
         row_bytes = self._state.table.layout.row_bytes
         if reader.width != row_bytes:
             raise ValueError(f"its rows have {reader.width} bytes, those of the schema have {row_bytes}")
         rows = reader.take(reader.count * row_bytes, np.uint8).reshape(reader.count, row_bytes)
         lengths = reader.take(reader.count, np.int32)
-        numbers = self._state.table.load_rows(lengths, reader.take(reader.size, np.uint8), rows)
-        self._state.stamp_rows(numbers, block.stamp)
-        self._rows += reader.count
+        numbers = self._state.table.load_rows(lengths, reader.take(reader.size, np.uint8, last=True), rows)
+        self._state.stamp_rows(numbers, stamp)
+        self._rows -= reader.count
 
-    def _take_producers(self, block: Block) -> None:
-        reader = _Reader(block.payload)
+    def _take_producers(self, payload: memoryview) -> None:
+        reader = _Reader(payload)
         producers = self._state.producers
         if reader.width != producers.partitions:
             raise ValueError(f"it has {reader.width} partitions, the service has {producers.partitions}")
@@ -302,8 +336,8 @@ class _Loading:
         last = reader.take(reader.count * reader.width, np.int64).reshape(reader.count, reader.width)
         producers.load_producers(list(zip(reader.strings(), last, acknowledged, used_ns, strict=True)))
 
-    def _take_requests(self, block: Block) -> None:
-        reader = _Reader(block.payload)
+    def _take_requests(self, payload: memoryview) -> None:
+        reader = _Reader(payload)
         used_ns = reader.take(reader.count, np.int64).tolist()
         masks = reader.take(reader.count * reader.width, np.uint8).tobytes()
         reached = [
@@ -311,20 +345,35 @@ class _Loading:
         ]
         self._state.producers.load_requests(list(zip(reader.strings(), reached, used_ns, strict=True)))
 
-    def _take_event_ids(self, block: Block) -> None:
-        reader = _Reader(block.payload)
+    def _take_event_ids(self, payload: memoryview) -> None:
+        reader = _Reader(payload)
         keys = reader.take(reader.count, np.uint64)
-        self._state.event_ids.load(keys, reader.take(reader.count, np.int64))
+        self._state.event_ids.load(keys, reader.take(reader.count, np.int64, last=True))
 
-    def _take_texts(self, block: Block) -> None:
-        reader = _Reader(block.payload)
+    def _take_texts(self, payload: memoryview) -> None:
+        reader = _Reader(payload)
         first = int(reader.take(1, np.uint64)[0])
+        if self._salvaged:
+            self._name_lost_texts(first)
         lengths = reader.take(reader.count, np.int32)
-        self._state.table.texts.load_numbered(first, lengths, reader.take(reader.size, np.uint8))
+        self._state.table.texts.load_numbered(first, lengths, reader.take(reader.size, np.uint8, last=True))
 
-    def _take_end(self, block: Block) -> None:
-        self._end = _END.unpack(block.payload)
+    def _take_end(self, payload: memoryview) -> None:
+        rows, self._texts = _END.unpack(payload)
+        self._rows += rows
 
 
 def _aligned(size: int) -> int:
     return -(-size // 8) * 8
+
+
+def _describe(table: ProfileTable) -> bytes:
+    """Where everything is in a row of a user, and in the population's."""
+    layouts = {
+        name: {
+            "slots": layout.counts,
+            "features": {feature.name: owned for feature, owned in zip(layout.features, layout.slots, strict=True)},
+        }
+        for name, layout in (("users", table.layout), ("population", table.population.layout))
+    }
+    return json.dumps(layouts).encode()
