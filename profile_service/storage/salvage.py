@@ -88,6 +88,10 @@ class SegmentFinding:
     torn_bytes: int
     """Of a write that a crash cut short, which is no damage: opening the log removes it."""
     damages: tuple[Damage, ...]
+    foreign: bool
+    """It belongs to another log."""
+    opens: bool
+    """Its header, name and size are as they should be, which is what opening the log asks of every segment."""
 
     @property
     def whole(self) -> bool:
@@ -105,6 +109,7 @@ class _Survey:
         header: as it should be.
         records: offset and header of each readable record.
         ours: False for a segment of another log.
+        opens: whether header, name and size are as they should be.
         stop: offset of what comes behind the last readable record.
         end: position of what comes there; not that of `stop` after a gap.
         tail_end: offset behind the last byte that may have belonged to a record.
@@ -117,6 +122,7 @@ class _Survey:
     records: list[tuple[int, Header]] = field(default_factory=list)
     damages: list[Damage] = field(default_factory=list)
     ours: bool = True
+    opens: bool = True
     torn_bytes: int = 0
     stop: int = SEGMENT_HEADER_BYTES
     end: int = 0
@@ -168,7 +174,8 @@ def salvage_log(fs: FileSystem, directory: Path, backup_directory: Path, identit
         if not survey.ours:
             _put_aside(fs, survey, backup_directory)
             fs.remove(survey.path)
-    for survey, following in zip(ours, [*ours[1:], None], strict=True):
+    for number, survey in enumerate(ours):
+        following = ours[number + 1] if number + 1 < len(ours) else None
         if survey.damages:
             _put_aside(fs, survey, backup_directory)
             _rewrite(fs, directory, survey, following.header.first if following else None, identity)
@@ -236,14 +243,15 @@ def _check_header(survey: _Survey, header: SegmentHeader | str) -> None:
     """Compares what the segment says of itself with what it should say; its word counts where its checksum is right."""
     size_bytes = len(survey.view)
     expected = survey.header
+    survey.opens = header == expected._replace(size_bytes=size_bytes)
     if isinstance(header, str):
         survey.damage(0, min(size_bytes, SEGMENT_HEADER_BYTES), header)
         return
-    survey.header = header
     if header.identity != expected.identity:
         survey.ours = False
         survey.damage(0, size_bytes, "the segment belongs to another log")
         return
+    survey.header = header
     if header.first != expected.first:
         survey.damage(0, SEGMENT_HEADER_BYTES, f"by its header the segment begins at position {header.first}")
     if header.size_bytes > size_bytes:
@@ -322,6 +330,8 @@ def _finding(survey: _Survey) -> SegmentFinding:
         durable_position=max((header.durable for header in headers), default=0),
         torn_bytes=survey.torn_bytes,
         damages=tuple(sorted(survey.damages, key=lambda damage: damage.offset)),
+        foreign=not survey.ours,
+        opens=survey.opens,
     )
 
 

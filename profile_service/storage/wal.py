@@ -35,7 +35,7 @@ import errno
 import os
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +48,7 @@ from profile_service.storage.record import (
     MAX_OVERHEAD_BYTES,
     MAX_PAYLOAD_BYTES,
     RECORD_GAP,
+    RECORD_HOLE,
     RECORD_MARK,
     encode,
     identity_seed,
@@ -229,6 +230,7 @@ class WriteAheadLog:
         self._tasks: set[asyncio.Future[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
+        self._told = False  # somebody was told of the failure
         self._closed = False
 
     # --- opening ---
@@ -367,7 +369,8 @@ class WriteAheadLog:
     def records(self, position: int) -> Iterator[Record]:
         """Every record from `position` on, which is one's position or the log's end. Blocking; before the first append.
 
-        A payload is a slice of a mapped file; what keeps it keeps the mapping.
+        A position may also lie in what a salvage gave up: then they are those behind it. A payload is a slice of a
+        mapped file; what keeps it keeps the mapping.
 
         Raises:
             DataLoss: something is not what was written; what came before it is right.
@@ -383,7 +386,31 @@ class WriteAheadLog:
             index += 1
             last = index == len(self._segments)
             end = self._position if last else self._segments[index].first
+            position = self._behind_loss(segment, position)
             position = yield from self._records_of(segment, position, end, last=last)
+
+    def _behind_loss(self, segment: _Segment, position: int) -> int:
+        """The end of the hole or gap that `position` lies in; `position` itself where it lies in none."""
+        start = segment.first
+        if start == position:
+            return position
+        view = self._fs.map(segment.path)
+        if judge(view, start, segment.offset(position), self._seed, last=False).found is Found.RECORD:
+            return position
+        while start < position:
+            offset = segment.offset(start)
+            found = judge(view, segment.first, offset, self._seed, last=False)
+            if found.found is not Found.RECORD:
+                break  # the reader says what is wrong
+            header = found.header
+            assert header is not None
+            end = start + header.size_bytes
+            if header.type == RECORD_GAP:
+                end = int.from_bytes(payload_of(view, offset, header), "little")
+            if end > position:
+                return end if header.type in (RECORD_HOLE, RECORD_GAP) else position
+            start = end
+        return position
 
     def _records_of(self, segment: _Segment, position: int, end: int, *, last: bool) -> Generator[Record, None, int]:
         """Those of one segment up to the position `end`; returns where the next one has to begin."""
@@ -431,13 +458,13 @@ class WriteAheadLog:
         while self._room() < need:
             if self._next is not None and self._next.size_bytes < size_bytes:
                 too_small, self._next = self._next, None
-                await self._run(too_small.abandon)
+                await self._do(too_small.abandon)
             elif self._next is None:
                 self._next = self._new_preparation(max(self._options.segment_bytes, size_bytes))
             elif self._next.ready:
                 break
             else:
-                await self._run(partial(self._prepare_step, self._next))
+                await self._do(partial(self._prepare_step, self._next))
             self._check()
 
     def append(self, record_type: int, payload: Sequence[Buffer]) -> int:
@@ -484,7 +511,7 @@ class WriteAheadLog:
         end = self._position
         always = self._options.sync_mode == "always"
         if (self._durable_position if always else self._written_position) < end:
-            await self._run(partial(self._commit, end, durable=always))
+            await self._do(partial(self._commit, end, durable=always))
             self._check()
         if self._room() < self._prepare_below and not self._preparing and (self._next is None or not self._next.ready):
             self._preparing = True
@@ -497,11 +524,11 @@ class WriteAheadLog:
         """Returns when everything appended before the call is on the disk, whatever the sync mode.
 
         Raises:
-            OSError: as `sync`.
+            OSError: a write or a sync failed; the log is dead.
         """
         self._check()
         if self._durable_position < self._position:
-            await self._run(partial(self._commit, self._position, durable=True))
+            await self._do(partial(self._commit, self._position, durable=True))
             self._check()
 
     async def trim(self, position: int) -> None:
@@ -515,14 +542,14 @@ class WriteAheadLog:
             # A segment that still waits to be written is not part of the log yet, and neither can the one before it go.
             if self._segments[1].temporary is not None:
                 break
-            await self._run(self._remove_first)
+            await self._do(self._remove_first)
             self._check()
 
     async def close(self) -> None:
         """Writes and syncs everything appended, whatever the mode, and releases the files. Closing twice does nothing.
 
         Raises:
-            OSError: not everything was written.
+            OSError: not everything could be written, and no call before has said so.
         """
         if self._closed:
             return
@@ -530,19 +557,28 @@ class WriteAheadLog:
             self._timer.cancel()
             self._timer = None
         try:
-            if self._failure is None:
-                await self._run(partial(self._commit, self._position, durable=True))
+            if not self._told:
+                self._check()
+                await self._do(partial(self._commit, self._position, durable=True))
                 # With a mark at its end every record of a log that was closed is known to be on the disk.
                 if self._marked_position < self._position and self._room() >= record_bytes(0):
                     self._append(RECORD_MARK, [])
-                    await self._run(partial(self._commit, self._position, durable=True))
+                    await self._do(partial(self._commit, self._position, durable=True))
         finally:
             self._closed = True
             await self._run(self._release)
 
+    async def _do(self, work: Callable[[], None]) -> None:
+        try:
+            await self._run(work)
+        except BaseException:
+            self._told = self._failure is not None
+            raise
+
     def _check(self) -> None:
         assert not self._closed, "the log is closed"
         if self._failure is not None:
+            self._told = True
             raise OSError(
                 errno.EIO, f"the log in {self._directory} failed before ({self._failure!r})"
             ) from self._failure

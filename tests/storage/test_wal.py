@@ -429,6 +429,17 @@ async def test_interval_syncs_in_time_though_nothing_more_comes(fs: CrashingFile
     assert read(open_log(fs.crash())) == entries
 
 
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_snapshot_can_have_it_durable_in_every_mode(fs: CrashingFileSystem, mode: SyncMode) -> None:
+    log = open_log(fs, LogOptions(segment_bytes=65536, sync_mode=mode, sync_interval_s=3600))
+    entries = some_entries(random.Random(10), 9)
+    await write(log, entries[:8])
+    log.append(entries[8][0], [entries[8][1]])
+    await log.make_durable()
+    assert log.durable_position == log.position
+    assert read(open_log(fs.crash())) == entries
+
+
 async def test_never_does_not_sync_but_between_segments(fs: CrashingFileSystem) -> None:
     log = open_log(fs, LogOptions(segment_bytes=65536, sync_mode="never"))
     before = fs.operations
@@ -481,6 +492,16 @@ async def test_a_failure_in_the_background_is_told_by_the_next_call(fs: Crashing
     await asyncio.sleep(0.05)
     with pytest.raises(OSError, match="failed before"):
         await log.sync()
+
+
+async def test_closing_tells_of_a_failure_that_nobody_was_told_of(fs: CrashingFileSystem) -> None:
+    log = open_log(fs, LogOptions(segment_bytes=65536, sync_mode="interval", sync_interval_s=0.001))
+    fs.fail_once("sync")
+    await write(log, [(1, b"x")])
+    await asyncio.sleep(0.05)
+    with pytest.raises(OSError, match="failed before"):
+        await log.close()
+    await log.close()
 
 
 async def test_what_is_made_ready_ahead_may_fail_too(fs: CrashingFileSystem) -> None:
