@@ -45,6 +45,50 @@ def declarations(draw: st.DrawFn, kinds: Sequence[str] = tuple(KINDS)) -> dict[s
 
 
 @st.composite
+def changed(draw: st.DrawFn, schema: Schema) -> tuple[Schema, list[str]]:
+    """A schema that somebody made of this one, and the features that they must let start anew for it."""
+    declared, reset = declaration(schema), []
+    features = declared["features"]
+    for name in draw(st.sets(st.sampled_from(sorted(declared["events"])))):
+        declared["events"][name]["weight"] = draw(WEIGHTS)
+    for name in draw(st.lists(NAMES, max_size=2)):
+        declared["events"].setdefault(name, {"weight": draw(WEIGHTS)})
+    types = list(declared["events"])
+    for name in list(features):
+        feature, what = features[name], draw(st.sampled_from(["keep", "keep", "convert", "convert", "else", "drop"]))
+        if draw(st.integers(0, 3)) == 0:
+            feature["events"] = draw(st.lists(st.sampled_from(types), min_size=1, unique=True))
+        if what == "drop":
+            del features[name]
+        elif what == "convert":
+            feature |= draw(_converted(feature))
+        elif what == "else":
+            kind = draw(st.sampled_from([feature["kind"], *KINDS]))
+            features[name] = draw(_feature(kind, types))
+            reset.append(name)
+    for name in draw(st.lists(NAMES, min_size=0 if features else 1, max_size=2)):
+        features.setdefault(name, draw(_feature(draw(st.sampled_from(list(KINDS))), types)))
+    declared["features"] = {name: features[name] for name in draw(st.permutations(sorted(features)))}
+    declared["ttl"] = draw(HALF_LIVES)
+    unused = set(types).difference(*(feature.get("events", types) for feature in features.values()))
+    for name in unused if draw(st.booleans()) and len(unused) < len(types) else ():
+        del declared["events"][name]
+    return parse_schema(dump(declared)), reset
+
+
+@st.composite
+def _converted(draw: st.DrawFn, feature: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a feature may change without a reset."""
+    if feature["kind"] == "categorical":
+        return draw(_OPTIONS["categorical"])
+    if feature["kind"] == "top_k":
+        return {"k": draw(st.integers(1, 12) | st.just(70))}
+    if feature["kind"] == "recent":
+        return {"size": draw(st.integers(1, 8))}
+    return {"unit": "apples"} if feature["kind"] == "distribution" else {}
+
+
+@st.composite
 def _feature(draw: st.DrawFn, kind: str, types: Sequence[str]) -> dict[str, Any]:
     feature: dict[str, Any] = {"kind": kind}
     if KINDS[kind].reads is not None:
@@ -83,7 +127,7 @@ _OPTIONS: dict[str, st.SearchStrategy[dict[str, Any]]] = {
 
 
 @st.composite
-def events_of(draw: st.DrawFn, schema: Schema, now_ns: int, max_size: int = 40) -> list[Event]:
+def events_of(draw: st.DrawFn, schema: Schema, now_ns: int, max_size: int = 40, min_size: int = 1) -> list[Event]:
     """Events of a few users in the order of arrival: repeated, at equal times, seconds or decades old, without some of
     their attributes, with prices that nobody asks.
     """
@@ -107,7 +151,7 @@ def events_of(draw: st.DrawFn, schema: Schema, now_ns: int, max_size: int = 40) 
         time_ns=st.sampled_from(times),
         attributes=attributes,
     )
-    drawn = draw(st.lists(event, min_size=1, max_size=max_size))
+    drawn = draw(st.lists(event, min_size=min_size, max_size=max_size))
     again = draw(st.lists(st.sampled_from(drawn), max_size=max_size // 4))
     return [*drawn, *again]
 
