@@ -68,10 +68,10 @@ def test_a_mapping_outlives_its_file(fs: FileSystem, directory: Path) -> None:
     file.close()
     part = fs.map(directory / "a")[6:12]
     fs.remove(directory / "a")
-    assert part == b"mapped"
+    assert bytes(part) == b"mapped"
     assert part.readonly
     fs.create(directory / "empty").close()
-    assert fs.map(directory / "empty") == b""
+    assert len(fs.map(directory / "empty")) == 0
 
 
 def test_renaming_replaces(fs: FileSystem, directory: Path) -> None:
@@ -82,7 +82,7 @@ def test_renaming_replaces(fs: FileSystem, directory: Path) -> None:
     fs.rename(directory / "new", directory / "old")
     fs.sync_directory(directory)
     assert fs.names(directory) == ["old"]
-    assert fs.map(directory / "old") == b"new"
+    assert bytes(fs.map(directory / "old")) == b"new"
 
 
 def test_what_is_missing_is_not_found(fs: FileSystem, directory: Path) -> None:

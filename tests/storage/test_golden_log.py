@@ -1,19 +1,21 @@
 """Logs written by earlier versions: they must load for ever.
 
-`golden/log-v1` was written by `python -m tests.storage.test_golden_log DIRECTORY`. A change of the format gets a directory
-of its own beside it; this one stays.
+`golden/log-v1` was written by `python -m tests.storage.test_golden_log DIRECTORY`. A change of the format gets a
+directory of its own beside it; this one stays.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crc32c import crc32c
 
 from profile_service.errors import StartupError
+from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.storage.fs import RealFileSystem
 from profile_service.storage.salvage import inspect_log, salvage_log
 from profile_service.storage.segment import segment_name
@@ -30,7 +32,7 @@ def groups() -> list[list[Entry]]:
         [(1, rng.randbytes(100)), (1, b""), (2, b"12345678")],
         [(1, bytes(1500)), (252, b"\xff" * 7)],
         [(1, rng.randbytes(5000))],
-        [(1, bytes([number]) * 400) for number in range(5)],
+        [(1, bytes([number]) * 900) for number in range(6)],
     ]
 
 
@@ -62,11 +64,12 @@ def test_another_version_is_refused_and_named(version: int) -> None:
     header[60:64] = crc32c(bytes(header[:60])).to_bytes(4, "little")
     segments[name] = bytes(header) + segments[name][64:]
     fs = disk_of(segments)
-    for action in (
+    actions: list[Callable[[CrashingFileSystem], object]] = [
         open_log,
         lambda fs: inspect_log(fs, DIRECTORY),
         lambda fs: salvage_log(fs, DIRECTORY, BACKUP, IDENTITY),
-    ):
+    ]
+    for action in actions:
         with pytest.raises(StartupError, match=f"format version {version}, this version .* up to 1"):
             action(fs)
     assert contents(fs) == segments
