@@ -20,7 +20,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from profile_service.domain.hashing import xxh64
-from profile_service.domain.kernel import copy_bytes, leaf_kernel, load_u64, to_i64
+from profile_service.domain.kernel import copy_bytes, leaf_kernel, load_u64, prefetch, to_i64
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -28,6 +28,9 @@ MOST_BYTES = (1 << _LENGTH_BITS) - 1
 """The longest byte string that an entry can hold."""
 
 _FULLEST = 0.8
+_AHEAD = 256
+"""Keys whose way is looked up ahead: their slots, entries and bytes together stay within a processor's nearest caches.
+"""
 _COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
 
 
@@ -77,24 +80,36 @@ def _find(
 def _look_ahead(
     slots: NDArray[np.uint64],
     entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
     length: NDArray[np.int32],
     key: NDArray[np.uint64],
+    first: int,
+    last: int,
     likely: NDArray[np.int64],
 ) -> None:
-    """For each key the number in its first slot if the whole hash fits, else -1.
+    """For the keys from `first` up to `last` the number whose slot has the upper half of the hash; -1 for none.
 
-    The answers are hints. The two loops load from all over memory, but no load waits for the one before: the processor
-    overlaps them, and what the search needs next is then near.
+    The answers are hints. What counts is that slot, entry and bytes are near when the search needs them: in each of the
+    loops no load waits for the one before, so the processor has as many under way as it can.
     """
     mask = np.uint64(len(slots) - 1)
-    for i in range(len(key)):
-        slot = slots[key[i] & mask]
-        fits = slot != np.uint64(0) and slot >> np.uint64(32) == key[i] >> np.uint64(32) and length[i] >= 0
-        likely[i] = to_i64(slot & np.uint64(0xFFFFFFFF)) - 1 if fits else -1
-    for i in range(len(key)):
-        number = likely[i]
-        if number >= 0 and entries[number, 0] != key[i]:
-            likely[i] = -1
+    for i in range(first, last):
+        prefetch(slots, to_i64(key[i] & mask))
+    for i in range(first, last):
+        number = -1
+        if length[i] >= 0:
+            at = key[i] & mask
+            upper = key[i] >> np.uint64(32)
+            while slots[at] != np.uint64(0):
+                if slots[at] >> np.uint64(32) == upper:
+                    number = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+                    prefetch(entries, 2 * number)
+                    break
+                at = (at + np.uint64(1)) & mask
+        likely[i] = number
+    for i in range(first, last):
+        if likely[i] >= 0:
+            prefetch(arena, to_i64(entries[likely[i], 1] >> np.uint64(_LENGTH_BITS)))
 
 
 @leaf_kernel
@@ -116,40 +131,41 @@ def _find_many(
 
     Numbers that were never used before start at `first`; freed ones come first.
     """
-    _look_ahead(slots, entries, length, key, numbers)
     new = 0
-    for i in range(len(key)):
-        size = to_i64(length[i])
-        if size < 0:
-            numbers[i] = -1
-            continue
-        likely = numbers[i]
-        if likely >= 0:
-            extent = to_i64(entries[likely, 1])
-            if (extent & MOST_BYTES) == size and _is_equal(arena, extent >> _LENGTH_BITS, buffer, offset[i], size):
+    for start in range(0, len(key), _AHEAD):
+        stop = min(start + _AHEAD, len(key))
+        _look_ahead(slots, entries, arena, length, key, start, stop, numbers)
+        for i in range(start, stop):
+            size = to_i64(length[i])
+            if size < 0:
                 continue
-        at = _find(slots, entries, arena, buffer, offset[i], size, key[i])
-        if at >= 0:
-            numbers[i] = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
-            continue
-        if not insert:
-            numbers[i] = -1
-            continue
-        number = state[_FREE_HEAD]
-        if number >= 0:
-            state[_FREE_HEAD] = next_free[number]
-        else:
-            number = first
-            first += 1
-        place = state[_ARENA_END]
-        copy_bytes(arena, place, buffer, offset[i], size)
-        state[_ARENA_END] = place + size
-        entries[number, 0] = key[i]
-        entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
-        slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
-        state[_COUNT] += 1
-        numbers[i] = number
-        new += 1
+            likely = numbers[i]
+            if likely >= 0 and entries[likely, 0] == key[i]:
+                extent = to_i64(entries[likely, 1])
+                if (extent & MOST_BYTES) == size and _is_equal(arena, extent >> _LENGTH_BITS, buffer, offset[i], size):
+                    continue
+            at = _find(slots, entries, arena, buffer, offset[i], size, key[i])
+            if at >= 0:
+                numbers[i] = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
+                continue
+            if not insert:
+                numbers[i] = -1
+                continue
+            number = state[_FREE_HEAD]
+            if number >= 0:
+                state[_FREE_HEAD] = next_free[number]
+            else:
+                number = first
+                first += 1
+            place = state[_ARENA_END]
+            copy_bytes(arena, place, buffer, offset[i], size)
+            state[_ARENA_END] = place + size
+            entries[number, 0] = key[i]
+            entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
+            slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
+            state[_COUNT] += 1
+            numbers[i] = number
+            new += 1
     return new
 
 
@@ -276,9 +292,9 @@ class ByteIndex:
     def __init__(self, capacity: int, arena_bytes: int) -> None:
         self.capacity = capacity
         self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
-        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64).reshape(capacity, 2)
+        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64, huge_pages=True).reshape(capacity, 2)
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
-        self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
+        self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8, huge_pages=True)
         self._state = np.array([0, 0, -1, 0], dtype=np.int64)
         self.high_water = 0
         """Numbers below this one have been in use at some time."""

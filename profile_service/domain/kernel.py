@@ -27,6 +27,7 @@ _njit = cast("Any", numba.njit)
 _raw_memcpy = cast("Any", cgutils.raw_memcpy)
 _pointer_add = cast("Any", cgutils.pointer_add)
 _intrinsic = cast("Any", numba.extending.intrinsic)
+_ir = cast("Any", cgutils).ir
 
 
 def kernel(function: F) -> F:
@@ -114,6 +115,29 @@ copy_bytes: Callable[[NDArray[np.uint8], int, NDArray[np.uint8], int, int], None
 """memcpy between contiguous u1 arrays: target, offset, source, offset, size. An assignment of slices costs several
 times more.
 """
+
+
+def _prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    if not (isinstance(array, types.Array) and array.layout == "C" and isinstance(index, types.Integer)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = context.make_array(signature.args[0])(context, builder, args[0]).data
+        element = builder.gep(first, [context.cast(builder, args[1], signature.args[1], types.int64)])
+        address = builder.bitcast(element, _ir.IntType(8).as_pointer())
+        flag = _ir.IntType(32)
+        declared = _ir.FunctionType(_ir.VoidType(), [address.type, flag, flag, flag])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", (address.type,), declared)
+        # To read; to keep near; data rather than code.
+        builder.call(ask, [address, flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, index), codegen
+
+
+prefetch: Callable[[NDArray[Any], int], None] = _intrinsic(_prefetch)
+"""Asks for the cache line of the element at an index of a contiguous array, seen flat. Never waits and never fails,
+wherever the index points."""
 
 
 def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
