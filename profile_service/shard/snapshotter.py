@@ -6,8 +6,11 @@
 
 The commit loop calls `step` between two groups: the state is then that of the log's end, which is the stamp of the one
 block that a step copies. A few buffers lie between the steps and the writer, who works elsewhere: a step waits for
-nothing, and copies nothing while the buffers are full. The writer syncs every few MB and holds a pace, so that no sync
-of the log finds a long queue before it.
+nothing, and copies nothing while the buffers are full.
+
+The writer shares a disk with the log, whose syncs everybody waits for. So it syncs as often as makes each sync short,
+whatever the disk: what is not synced is never more than a few milliseconds of writing. And it rests as long as it
+works, so that half of the disk's time is left.
 """
 
 from __future__ import annotations
@@ -33,8 +36,13 @@ from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
 BUFFERS = 4
 """Blocks that are copied and not yet written."""
 
-SYNC_BYTES = 4 << 20
-"""Written between two syncs: what a sync of the log may have to wait for."""
+SYNC_S = 0.004
+"""How long writing and syncing a stretch of a snapshot should take: what a sync of the log may have to wait for."""
+LEAST_SYNC_BYTES, MOST_SYNC_BYTES = 256 << 10, 8 << 20
+"""Bounds of such a stretch."""
+
+REST_SHARE = 1.0
+"""How long the writer rests after a stretch, in shares of the time that it took."""
 
 RETRY_S = 30.0
 """After how long a snapshot that found the disk full is tried again."""
@@ -193,16 +201,19 @@ class Snapshotter:
     async def _write(self, running: _Running) -> SnapshotInfo | None:
         """Writes blocks as they come and publishes the snapshot; None when it was stopped before its end."""
         writer = await self._store.begin(running.position, running.begun_ns)
-        unsynced = 0
+        pace = _Pace(asyncio.get_running_loop())
         try:
             while (filled := await running.filled.get()) is not None:
+                pace.begin()
                 await writer.write(filled.kind, filled.stamp, [filled.payload])
-                unsynced += len(filled.payload)
                 running.give_back(filled.space)
                 self._ready()
-                if unsynced >= SYNC_BYTES:
+                is_stretch = pace.wrote(len(filled.payload))
+                if is_stretch:
                     await writer.sync()
-                    unsynced = 0
+                rest_s = pace.end(synced=is_stretch)
+                if rest_s > 0 and not self._closed:
+                    await asyncio.sleep(rest_s)
             if not running.is_complete:
                 await writer.abandon()
                 return None
@@ -223,6 +234,38 @@ class Snapshotter:
                 future.set_exception(error)
                 # Whoever waited may have gone away; the error is then nobody's.
                 future.exception()
+
+
+class _Pace:
+    """How much is written before a sync, and how long the writer rests behind it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._stretch_bytes = LEAST_SYNC_BYTES
+        self._bytes = 0
+        self._taken_s = 0.0
+        self._begun_s = 0.0
+
+    def begin(self) -> None:
+        """The writer begins to write a block."""
+        self._begun_s = self._loop.time()
+
+    def wrote(self, size_bytes: int) -> bool:
+        """The block is written; returns whether the stretch ends with it, and is to be synced."""
+        self._bytes += size_bytes
+        return self._bytes >= self._stretch_bytes
+
+    def end(self, *, synced: bool) -> float:
+        """The block is done with; returns for how many seconds to rest."""
+        self._taken_s += self._loop.time() - self._begun_s
+        if not synced:
+            return 0.0
+        # No faster than twofold at a time: one sync that was lucky must not make the next one long.
+        fitting = self._bytes * SYNC_S / max(self._taken_s, SYNC_S / 2)
+        self._stretch_bytes = int(min(max(fitting, LEAST_SYNC_BYTES), MOST_SYNC_BYTES))
+        rest_s = self._taken_s * REST_SHARE
+        self._bytes, self._taken_s = 0, 0.0
+        return rest_s
 
 
 @dataclass(frozen=True)

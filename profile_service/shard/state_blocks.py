@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 SCHEMA, LAYOUT, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXTS, END = range(1, 11)
 
-SPACE_BYTES = 1 << 20
-"""What a step copies at most, unless a single row is larger: a quarter of a millisecond of copying."""
+SPACE_BYTES = 1 << 19
+"""What a step copies at most, unless a single row is larger: a few tenths of a millisecond of copying."""
 
 _PREFIX = struct.Struct("<IIQ")
 _COUNTERS = struct.Struct("<4q")
