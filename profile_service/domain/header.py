@@ -11,14 +11,16 @@ from profile_service.domain.layout import EVENT_COUNT, FIRST_SEEN, LAST_RECEIVED
 
 
 @leaf_kernel
-def update_header(i8: NDArray[np.int64], rows: NDArray[np.int64], time_ns: NDArray[np.int64], received_ns: int) -> None:
+def update_header(
+    i8: NDArray[np.int64], rows: NDArray[np.int64], time_ns: NDArray[np.int64], received_ns: NDArray[np.int64]
+) -> None:
     """Counts each event into its row's header."""
     for i in range(len(rows)):
         row = rows[i]
         i8[row, EVENT_COUNT] += 1
         i8[row, FIRST_SEEN] = min(i8[row, FIRST_SEEN], time_ns[i])
         i8[row, LAST_SEEN] = max(i8[row, LAST_SEEN], time_ns[i])
-        i8[row, LAST_RECEIVED] = max(i8[row, LAST_RECEIVED], received_ns)
+        i8[row, LAST_RECEIVED] = max(i8[row, LAST_RECEIVED], received_ns[i])
 
 
 def merge_header(target: NDArray[np.int64], row: int, source: NDArray[np.int64], source_row: int) -> None:

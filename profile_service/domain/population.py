@@ -30,10 +30,10 @@ class PopulationRow:
         self.views = self.layout.wide_row()
         """One row, whose `f4` view has 64 bits."""
 
-    def add(self, batch: Batch, received_ns: int) -> None:
+    def add(self, batch: Batch) -> None:
         """Adds every event of the batch, whoever's it is."""
         whole = Batch(**{**batch.__dict__, "rows": np.zeros(len(batch.rows), dtype=np.int64)})
-        update_header(self.views.i8, whole.rows, whole.time_ns, received_ns)
+        update_header(self.views.i8, whole.rows, whole.time_ns, whole.received_ns)
         for feature in self.layout.features:
             feature.update(self.views, whole)
 

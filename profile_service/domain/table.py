@@ -9,7 +9,8 @@ Nothing here waits, reads a clock or draws a random number: the same events in t
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,15 @@ MOST_USERS = 1 << 25
 MOST_TEXTS = 1 << 26
 USER_ID_BYTES = 32
 """Address space set aside for a user's id on average."""
+
+Together = Callable[[Sequence[Callable[[], None]]], None]
+"""Does pieces of work that do not depend on each other, and returns when all are done."""
+
+
+def in_turn(work: Sequence[Callable[[], None]]) -> None:
+    """`Together` for those who want no threads."""
+    for piece in work:
+        piece()
 
 
 class ProfileTable:
@@ -90,72 +100,84 @@ class ProfileTable:
 
         `received_ns` is when they arrived. The caller has seen `has_room`.
         """
-        batch = self._resolve(columns, slice(start, stop))
-        update_header(self._views.i8, batch.rows, batch.time_ns, received_ns)
-        for feature in self.layout.features:
-            feature.update(self._views, batch)
-        self.population.add(batch, received_ns)
+        received = np.full(stop - start, received_ns, dtype=np.int64)
+        batch = self._resolve(columns, slice(start, stop), received, in_turn)
+        in_turn([*self._updates(batch), lambda: self.population.add(batch)])
 
-    def apply_newer(self, columns: EventColumns, position: int, received_ns: int, stamps: NDArray[np.int64]) -> None:
-        """As `apply` for all of `columns`, which stood in the log at `position`; but a row whose entry in `stamps` is
-        above that holds them already, and only the population does not."""
-        batch = self._resolve(columns, slice(0, columns.count))
-        self.population.add(batch, received_ns)
-        lacking = np.flatnonzero(stamps[batch.rows] <= position)
-        if len(lacking):
-            newer = _subset(batch, lacking)
-            update_header(self._views.i8, newer.rows, newer.time_ns, received_ns)
-            for feature in self.layout.features:
-                feature.update(self._views, newer)
+    def replay(
+        self,
+        columns: EventColumns,
+        received_ns: NDArray[np.int64],
+        is_held: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None,
+        together: Together,
+    ) -> None:
+        """As `apply` for all of `columns`; but events of which `is_held` says, by their rows, that the rows hold them
+        already go to the population only.
 
-    def _resolve(self, columns: EventColumns, run: slice) -> Batch:
+        What does not depend on each other is given to `together`: kernels that run without the interpreter's lock.
+        """
+        batch = self._resolve(columns, slice(0, columns.count), received_ns, together)
+        lacking = batch
+        if is_held is not None:
+            held = is_held(batch.rows)
+            if held.any():
+                lacking = _subset(batch, np.flatnonzero(~held))
+        together([lambda: self.population.add(batch), *self._updates(lacking)])
+
+    def _updates(self, batch: Batch) -> list[Callable[[], None]]:
+        """One piece of work a feature, and one for the header: each owns its slots of a row."""
+        views = self._views
+        return [
+            *(partial(feature.update, views, batch) for feature in self.layout.features),
+            lambda: update_header(views.i8, batch.rows, batch.time_ns, batch.received_ns),
+        ]
+
+    def _resolve(self, columns: EventColumns, run: slice, received_ns: NDArray[np.int64], together: Together) -> Batch:
         count = run.stop - run.start
-        rows = np.empty(count, dtype=np.int64)
-        fresh = self.users.high_water
-        self.users.find(
-            columns.buffer,
-            columns.user_offset[run],
-            columns.user_length[run],
-            columns.user_hash[run],
-            rows,
-            insert=True,
-        )
-        self._rows[fresh : self.users.high_water] = self.layout.template
-        time_ns = columns.time_ns[run]
-        grids, mantissas = [], []
-        for half_life_ns in self._half_lives_ns:
-            grid, mantissa = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.float64)
-            if half_life_ns:
-                decompose(time_ns, half_life_ns, grid, mantissa)
-            grids.append(grid)
-            mantissas.append(mantissa)
         offsets, lengths = columns.text_offset[:, run], columns.text_length[:, run]
         hashes = columns.text_hash[:, run]
-        ids = np.zeros(lengths.shape, dtype=np.uint32)
-        numbers = np.empty(count, dtype=np.int64)
-        for attribute in self._interned:
-            self.texts.find(
-                columns.buffer, offsets[attribute], lengths[attribute], hashes[attribute], numbers, insert=True
-            )
-            ids[attribute] = numbers + 1
-        codes = {}
-        for feature, vocabulary in self._vocabularies:
-            a = feature.attribute
-            vocabulary.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=False)
-            unlisted = (numbers < 0) & (lengths[a] >= 0)
-            codes[feature.name] = np.where(unlisted, len(vocabulary), numbers).astype(np.int32)
-        return Batch(
-            rows=rows,
+        batch = Batch(
+            rows=np.empty(count, dtype=np.int64),
             types=columns.type_index[run],
-            time_ns=time_ns,
-            grids=grids,
-            mantissas=mantissas,
-            text_ids=ids,
+            time_ns=columns.time_ns[run],
+            received_ns=received_ns,
+            grids=[],
+            mantissas=[],
+            text_ids=np.zeros(lengths.shape, dtype=np.uint32),
             text_present=lengths,
             text_hash=hashes,
             number=columns.number[:, run],
-            codes=codes,
+            codes={},
         )
+
+        def find_rows() -> None:
+            fresh = self.users.high_water
+            extents = (columns.user_offset[run], columns.user_length[run], columns.user_hash[run])
+            self.users.find(columns.buffer, *extents, batch.rows, insert=True)
+            self._rows[fresh : self.users.high_water] = self.layout.template
+
+        def intern_texts() -> None:
+            numbers = np.empty(count, dtype=np.int64)
+            for a in self._interned:
+                self.texts.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=True)
+                batch.text_ids[a] = numbers + 1
+
+        def split_times_and_look_up_codes() -> None:
+            for half_life_ns in self._half_lives_ns:
+                grid, mantissa = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.float64)
+                if half_life_ns:
+                    decompose(batch.time_ns, half_life_ns, grid, mantissa)
+                batch.grids.append(grid)
+                batch.mantissas.append(mantissa)
+            numbers = np.empty(count, dtype=np.int64)
+            for feature, vocabulary in self._vocabularies:
+                a = feature.attribute
+                vocabulary.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=False)
+                unlisted = (numbers < 0) & (lengths[a] >= 0)
+                batch.codes[feature.name] = np.where(unlisted, len(vocabulary), numbers).astype(np.int32)
+
+        together([find_rows, intern_texts, split_times_and_look_up_codes])
+        return batch
 
     def profile(
         self,
@@ -276,6 +298,7 @@ def _subset(batch: Batch, chosen: NDArray[np.int64]) -> Batch:
         rows=batch.rows[chosen],
         types=batch.types[chosen],
         time_ns=batch.time_ns[chosen],
+        received_ns=batch.received_ns[chosen],
         grids=[grid[chosen] for grid in batch.grids],
         mantissas=[mantissa[chosen] for mantissa in batch.mantissas],
         text_ids=batch.text_ids[:, chosen],

@@ -27,8 +27,10 @@ from profile_service.domain.decay import NS
 from profile_service.domain.memory import reserve
 from profile_service.domain.migrate import compare, migrate
 from profile_service.domain.schema import Schema
-from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
+from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable, Together
+from profile_service.errors import ResourceExhausted
 from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
+from profile_service.shard.replay import ReplayRuns
 from profile_service.shard.state_blocks import StateCopy, load_state
 from profile_service.storage.snapshot import Block
 
@@ -66,6 +68,7 @@ class ShardState:
         """The log position that the loaded snapshot needs: a log that ends before it has lost its end."""
         self._stamps: NDArray[np.int64] | None = None
         """By row: the stamp of the block that brought it; None once nothing is left to tell apart."""
+        self._replay: ReplayRuns | None = None
         self._partition_shift = np.uint64(64 - (partitions.bit_length() - 1))
 
     @classmethod
@@ -112,6 +115,7 @@ class ShardState:
 
     def forget(self, user_ids: Sequence[bytes], position: int | None = None) -> None:
         """Removes the users' profiles; on replay of the record at `position`, of those that do not hold it already."""
+        self._flush_replay()
         for user_id in user_ids:
             if self._stamps is not None and position is not None:
                 row = self.table.users.get(user_id)
@@ -139,22 +143,42 @@ class ShardState:
             self.event_ids.note(keys, now_ns)
 
     def replay(self, columns: EventColumns, position: int, received_ns: int) -> None:
-        """Counts all events of the record at `position` where they are not counted yet.
+        """Counts all events of the record at `position` where they are not counted yet; they can be read after
+        `finish_replay`. The columns must not be filled again before.
 
         Raises:
-            OverflowError: the table has no room for them.
+            ResourceExhausted: the table has no room for all users, or texts, of the log.
         """
-        if not self.table.has_room(columns.count, len(columns.buffer)):
-            raise OverflowError(f"the table holds {len(self.table)} users and has no room for more")
-        if self._stamps is not None and position < self.newest_stamp:
-            self.table.apply_newer(columns, position, received_ns, self._stamps)
-        else:
-            self.table.apply(columns, 0, columns.count, received_ns)
+        if self._replay is None:
+            self._replay = ReplayRuns(self._apply_run)
+        self._replay.add(columns, position, received_ns)
         self.event_count += columns.count
 
+    def _apply_run(
+        self,
+        columns: EventColumns,
+        positions: NDArray[np.int64],
+        received_ns: NDArray[np.int64],
+        together: Together,
+    ) -> None:
+        if not self.table.has_room(columns.count, len(columns.buffer)):
+            raise ResourceExhausted(f"the table has no room for more than {len(self.table)} users", retry_after_s=60.0)
+        stamps = self._stamps
+        if stamps is None or positions[0] >= self.newest_stamp:
+            self.table.replay(columns, received_ns, None, together)
+        else:
+            self.table.replay(columns, received_ns, lambda rows: stamps[rows] > positions, together)
+
     def finish_replay(self) -> None:
-        """Forgets what only a replay needs."""
-        self._stamps = None
+        """Applies what is left of the replay, and forgets what only a replay needs."""
+        self._flush_replay()
+        if self._replay is not None:
+            self._replay.close()
+        self._replay = self._stamps = None
+
+    def _flush_replay(self) -> None:
+        if self._replay is not None:
+            self._replay.flush()
 
     def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
         """Raises what `change_schema` would raise, and changes nothing."""
@@ -166,6 +190,7 @@ class ShardState:
         Raises:
             SchemaChangeRefused: rows of the schema before cannot become rows of `schema`; nothing has changed.
         """
+        self._flush_replay()
         self.table = migrate(self.table, schema, reset_features)
         self.schema = schema
 

@@ -68,6 +68,8 @@ class Batch:
     types: NDArray[np.int16]
     """Index into the schema's event types."""
     time_ns: NDArray[np.int64]
+    received_ns: NDArray[np.int64]
+    """When each event arrived."""
     grids: list[NDArray[np.int64]]
     """By half-life index: whole half-lives since 1970 of each event's time."""
     mantissas: list[NDArray[np.float64]]
