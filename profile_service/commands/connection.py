@@ -11,6 +11,8 @@ from profile_service.commands.terminal import CommandError
 if TYPE_CHECKING:
     import grpc
 
+    from profile_client import ProfileClientError
+
 CALL_TIMEOUT_S = 30.0
 
 
@@ -32,7 +34,21 @@ def call_error(address: str, error: grpc.RpcError) -> CommandError:
 
     if not isinstance(error, grpc.Call):
         return CommandError(f"{address}: {error}")
-    code, details = error.code(), error.details() or ""
+    return _explain(address, error.code(), error.details() or "")
+
+
+def client_error(address: str, error: ProfileClientError) -> CommandError:
+    """The same for an error of the client."""
+    from profile_client import ServiceError
+
+    if not isinstance(error, ServiceError):
+        return CommandError(f"{address}: {error}")
+    return _explain(address, error.code, str(error))
+
+
+def _explain(address: str, code: grpc.StatusCode, details: str) -> CommandError:
+    import grpc
+
     if code is grpc.StatusCode.UNAVAILABLE:
         return CommandError(
             f"no answer from {address}: {details}. Is the service running (profile-service serve)? "
@@ -40,6 +56,8 @@ def call_error(address: str, error: grpc.RpcError) -> CommandError:
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CommandError(f"{address} did not answer within {CALL_TIMEOUT_S:g} s")
+    if code is grpc.StatusCode.ABORTED:
+        return CommandError(f"another command that sends the same has taken over, and goes on: {details}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return CommandError(
             f"{address} does not offer this call: {details or 'another service or version listens there'}"

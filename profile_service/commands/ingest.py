@@ -18,6 +18,7 @@ _COLUMNS = "Columns: which of them is what"
 _SENDING = "Sending"
 
 DEFAULT_BATCH = 4_000
+DEFAULT_GIVE_UP_S = 600.0
 
 
 def ingest(
@@ -49,11 +50,14 @@ def ingest(
         str | None, flag("--format", "parquet, csv or ndjson; by the file's suffix otherwise.", panel=_COLUMNS)
     ] = None,
     delimiter: Annotated[str | None, flag("--delimiter", "Between the fields of CSV.", panel=_COLUMNS)] = None,
-    batch: Annotated[int, flag("--batch", "Events a message.", panel=_SENDING, min=1, max=100_000)] = DEFAULT_BATCH,
+    batch: Annotated[int, flag("--batch", "Rows a batch.", panel=_SENDING, min=1, max=10_000)] = DEFAULT_BATCH,
     producer_id: Annotated[
         str | None,
-        flag("--producer-id", "Who sends; by default made of the file, so that it counts once.", panel=_SENDING),
+        flag("--producer-id", "Who sends: by another name the same files count anew.", panel=_SENDING),
     ] = None,
+    give_up_s: Annotated[
+        float, flag("--give-up-s", "Seconds to wait for a service that is away or full.", panel=_SENDING, min=0)
+    ] = DEFAULT_GIVE_UP_S,
     strict: Annotated[bool, flag("--strict", "Exit status 1 when any row was refused.", panel=_SENDING)] = False,
     as_json: Json = False,
 ) -> None:
@@ -66,10 +70,15 @@ def ingest(
     nanoseconds; without a zone they are UTC. An NDJSON line is an event as the REST API takes it, or a flat row. Null
     is the same as absent.
 
-    After an interruption the same command goes on: what the service holds already is not counted again. So a file
-    counts once, however often it is sent; another --producer-id counts it anew.
+    After an interruption of any kind, of this command or of the service, the same command goes on: rows that the
+    service holds already are not counted again, and the summary is that of the whole file. So a file counts once, by
+    its content and whatever its name, for as long as the service knows who sent it: 7 days after the last time.
+
+    It counts anew, from its first row, by another --producer-id, with other flags for its columns or another --batch,
+    and when a single byte of it has changed. So of a file to which rows were added send only those, as a file of their
+    own. Rows with an event id count once in any case, for as long as the service remembers the id (24 hours).
     """
-    from profile_service.commands.send import send_files
+    from profile_service.commands.send import Sending, send_files
     from profile_service.commands.terminal import CommandError, say_error, stderr
     from profile_service.files.mapping import Wanted, read_mapping
     from profile_service.files.tally import Tally
@@ -85,7 +94,8 @@ def ingest(
             raise typer.BadParameter("must be one character", param_hint="--delimiter")
     tally = Tally()
     try:
-        send_files(files, address, wanted, format_name, delimiter, batch, producer_id, tally, stderr())
+        sending = Sending(batch, producer_id, give_up_s)
+        send_files(files, address, wanted, format_name, delimiter, sending, tally, stderr())
     except (CommandError, KeyboardInterrupt):
         if tally.read:
             _print_tally(tally, as_json)
@@ -117,7 +127,8 @@ def render_tally(tally: Tally, console: Console) -> None:
 
     accepted = f"{tally.accepted:,} event{'' if tally.accepted == 1 else 's'} accepted"
     held = f", {tally.held:,} held already from an earlier run" if tally.held else ""
-    console.print(f"{tally.read:,} rows: {accepted}, {tally.rejected:,} refused{held}", soft_wrap=True)
+    open_ = f", {tally.unanswered:,} not sent or not acknowledged" if tally.unanswered else ""
+    console.print(f"{tally.read:,} rows: {accepted}, {tally.rejected:,} refused{held}{open_}", soft_wrap=True)
     if not tally.groups:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan")

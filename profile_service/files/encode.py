@@ -78,6 +78,15 @@ class EncodedEvents:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all of them."""
+        return int(self.offsets[-1] - self.offsets[0])
+
+    def part(self, start: int, stop: int) -> EncodedEvents:
+        """Events `start` to `stop`, the last excluded; nothing is copied."""
+        return EncodedEvents(self.data, self.offsets[start : stop + 1])
+
     def run(self, start: int, stop: int) -> bytes:
         """Events `start` to `stop`, the last excluded, as the body of a batch."""
         return bytes(self.data[int(self.offsets[start]) : int(self.offsets[stop])])

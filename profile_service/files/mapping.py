@@ -15,7 +15,7 @@ Flags or a mapping file say otherwise:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class Wanted:
     def says_columns(self) -> bool:
         """Whether any column was named."""
         return any((self.user, self.type, self.time, self.event_id, self.type_value, self.attributes))
+
+    def describe(self) -> str:
+        """Text that is equal for equal wishes."""
+        return repr(replace(self, attributes=dict(sorted(self.attributes.items()))))
 
     def over(self, base: Wanted) -> Wanted:
         """These wishes, and those of `base` where these say nothing."""
@@ -183,11 +187,6 @@ _HINTS = {
     "type": "--type-column, or give every row one with --type-value",
     "time": "--time-column, or count events as of their arrival with --untimed",
 }
-
-
-def describe(mapping: Mapping) -> str:
-    """The mapping as text that is equal for equal mappings."""
-    return repr([(item.name, getattr(mapping, item.name)) for item in fields(mapping)])
 
 
 def _name(value: Any) -> str | None:

@@ -22,7 +22,7 @@ _FORMAT_BY_SUFFIX = {
     ".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "ndjson",
 }  # fmt: skip
 _COMPRESSED = (".gz", ".zst", ".bz2")
-_IDENTITY_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 class EventFile(Protocol):
@@ -64,11 +64,16 @@ def open_events(path: Path, format_name: str | None = None, delimiter: str | Non
 
 
 def identity(path: Path, *circumstances: object) -> str:
-    """A name that is equal for equal contents and circumstances: by size, beginning and end of the file."""
-    size = path.stat().st_size
-    digest = xxhash.xxh64(repr((size, circumstances)).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_IDENTITY_BYTES))
-        file.seek(max(0, size - _IDENTITY_BYTES))
-        digest.update(file.read(_IDENTITY_BYTES))
+    """A name that is equal for equal contents and circumstances. All of the file is read for it: a file that differs in
+    one byte would else be taken for another one, which the service holds already."""
+    digest = xxhash.xxh3_128(repr(circumstances).encode())
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
     return digest.hexdigest()
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """Size, and time of the last change: other ones show that a file was changed."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -36,26 +36,29 @@ class Tally:
     read: int = 0
     """Rows that were read."""
     sent: int = 0
+    """Events that were sent to be counted."""
+    accepted: int = 0
+    """Events that were sent by this run and are counted. After a run that was killed along with the service, some may
+    have been counted by that one."""
+    held: int = 0
+    """Events that an earlier run had brought in."""
     refused_before: int = 0
     """Rows that could not be made an event, and were not sent."""
     refused_by_service: int = 0
-    held: int = 0
-    """Events that an earlier run had already brought in, and that were not sent again."""
-    acknowledged: int = 0
-    """Events that were sent and answered, refused ones among them."""
+    """Events that the service refuses, also those that an earlier run had sent."""
     errors: list[str] = dataclasses.field(default_factory=list)
     """Why a file was not read to its end."""
     groups: dict[tuple[str, str], Group] = dataclasses.field(default_factory=dict)
 
     @property
-    def accepted(self) -> int:
-        """Events that were sent by this run and counted."""
-        return self.acknowledged - self.refused_by_service
-
-    @property
     def rejected(self) -> int:
         """Rows refused, here or by the service."""
         return self.refused_before + self.refused_by_service
+
+    @property
+    def unanswered(self) -> int:
+        """Rows that were read, and of which nothing is known: not sent yet, or sent and not acknowledged."""
+        return self.read - self.accepted - self.held - self.rejected
 
     def refuse(self, file: str, row: int, field_name: str, reason: str) -> None:
         """Notes one refused row."""
@@ -80,6 +83,7 @@ class Tally:
             "accepted": self.accepted,
             "rejected": self.rejected,
             "skipped": self.held,
+            "unanswered": self.unanswered,
             "reasons": [
                 {
                     "field": group.field,

@@ -325,8 +325,13 @@ def test_the_identity_of_a_file_goes_by_content_and_circumstances(tmp_path: Path
     two.write_bytes(b"a" * 3_000_000)
     assert identity(one, 1) == identity(two, 1)
     assert identity(one, 1) != identity(one, 2)
-    two.write_bytes(b"a" * 2_999_999 + b"b")
+    for place in (0, 1_500_000, 2_999_999):
+        two.write_bytes(b"a" * place + b"b" + b"a" * (2_999_999 - place))
+        assert identity(one, 1) != identity(two, 1)
+    two.write_bytes(b"a" * 3_000_001)
     assert identity(one, 1) != identity(two, 1)
+    assert Wanted(attributes={"a": "1", "b": "2"}).describe() == Wanted(attributes={"b": "2", "a": "1"}).describe()
+    assert Wanted(user="a").describe() != Wanted(type="a").describe()
 
 
 def test_chunks_are_the_same_each_time(tmp_path: Path) -> None:
