@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from profile_service.cluster.embedded_ray import EmbeddedRay
 from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import Settings
+from profile_service.domain.migrate import compare
 from profile_service.domain.schema import Schema, load_schema, parse_schema
 from profile_service.errors import SchemaError, StartupError
 from profile_service.frontends.ports import bind
@@ -83,7 +84,8 @@ class Service:
             DataLoss: the data directory's own files are damaged.
         """
         schema = load_schema(settings.schema_path if settings.schema_path is not None else DEFAULT_SCHEMA)
-        _check(settings, schema)
+        if faults := settings.storage.validate():
+            raise StartupError("; ".join(faults))
         service = cls()
         service._drain_timeout_s = settings.drain_timeout_s
         try:
@@ -244,37 +246,16 @@ def describe_start(standings: Mapping[int, Standing]) -> str:
     return ", ".join(recovering) or "waiting for the frontend"
 
 
-def _check(settings: Settings, schema: Schema) -> None:
-    faults = settings.storage.validate()
-    known = {feature.name for feature in schema.features}
-    faults += [
-        f"--reset-feature: the schema {schema.name} has no feature {name}"
-        for name in settings.storage.reset_features
-        if name not in known
-    ]
-    if faults:
-        raise StartupError("; ".join(faults))
-
-
 def _check_schema(directory: DataDirectory, schema: Schema, settings: Settings) -> None:
     """Refuses a schema that the directory's profiles cannot be carried over to. The shards would, too, each by what its
     own log says; here it is said before anything starts."""
     text = directory.schema_text()
-    if text is None:
-        return
     try:
-        before = parse_schema(text, f"the schema of {directory.path}")
+        before = schema if text is None else parse_schema(text, f"the schema of {directory.path}")
     except SchemaError:
         # Another version of the service wrote it. Its shards will know.
         return
-    if before.fingerprint == schema.fingerprint:
-        return
-    # Known by the shards only, so far.
-    faults: Sequence[str] = ()  # compare(before, schema, settings.storage.reset_features).faults
-    if faults:
-        raise StartupError(
-            f"{directory.path} holds profiles of another schema, which this one cannot take over: {'; '.join(faults)}"
-        )
+    compare(before, schema, settings.storage.reset_features).raise_faults()
 
 
 def _remember_schema(directory: DataDirectory, schema: Schema) -> None:
