@@ -23,6 +23,7 @@ import json
 import os
 import re
 import socket
+import time
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -186,6 +187,8 @@ class DataDirectory:
     def shard_in_use(self, shard_id: int) -> str:
         """Who still has a shard's directory locked, such as a process of a service that was killed a moment ago; empty
         when nobody has."""
+        if self.shard_directory(shard_id).name not in self._fs.names(self.path):
+            return ""
         try:
             self._fs.lock(self.shard_directory(shard_id) / LOCK, "").release()
         except LockHeld as held:
@@ -195,6 +198,15 @@ class DataDirectory:
     def epoch(self) -> int:
         """The highest epoch ever given out, 0 before the first. Raises DataLoss."""
         return EpochFile(self._fs, self.path).read()
+
+    def mend_epoch(self, backup: Path) -> None:
+        """Replaces a damaged epoch by one that is higher than any that was given out, and keeps the old file in
+        `backup`."""
+        if EPOCH in self._fs.names(self.path):
+            self._fs.make_directory(backup)
+            write_atomically(self._fs, backup / EPOCH, _read(self._fs, self.path / EPOCH))
+        # Epochs rise by one with each start and each shard that is lost: never once a second.
+        write_atomically(self._fs, self.path / EPOCH, _epoch_sector(int(time.time())))
 
     def schema_text(self) -> str | None:
         """The schema last served with; None before the first."""
