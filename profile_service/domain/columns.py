@@ -51,11 +51,14 @@ class EventColumns:
             pairs = zip(parts, bases.tolist(), strict=True)
             return np.concatenate([getattr(part, name)[..., : part.count] + base for part, base in pairs], axis=-1)
 
+        buffer = np.concatenate([part.buffer for part in parts])
+        # As the buffers of received bytes are: kernels are compiled for those.
+        buffer.flags.writeable = False
         names = ("user_length", "user_hash", "type_index", "time_ns", "event_id_hash")
         wide = ("text_length", "text_hash", "number")
         return cls(
             count=sum(part.count for part in parts),
-            buffer=np.concatenate([part.buffer for part in parts]),
+            buffer=buffer,
             user_offset=moved("user_offset"),
             text_offset=moved("text_offset"),
             **{name: joined(name) for name in (*names, *wide)},
