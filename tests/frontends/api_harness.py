@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from profile_service.clock import system_clock
+from profile_service.cluster.router import Router
 from profile_service.config import Capacity, Limits, Settings
 from profile_service.frontends.api import Api, CallContext
 from profile_service.frontends.metrics import Metrics
-from tests.cluster.local_cluster import SCHEMA, LocalCluster, running
+from tests.cluster.local_cluster import SCHEMA, LocalCluster, running, scan
 from userprofile.v1 import event_service_pb2
 
 GRPC = CallContext("grpc")
@@ -29,6 +30,17 @@ async def api_over_shards(
         settings = Settings(limits=limits or Limits(), capacity=cluster.capacity)
         metrics = Metrics()
         yield Api(router, SCHEMA, settings, metrics, system_clock), cluster, metrics
+
+
+@asynccontextmanager
+async def another_api(cluster: LocalCluster) -> AsyncIterator[Api]:
+    """A second frontend's API over the same shards."""
+    router = Router(cluster.source, scan, Limits(), cluster.capacity)
+    await router.start()
+    try:
+        yield Api(router, SCHEMA, Settings(capacity=cluster.capacity), Metrics(), system_clock)
+    finally:
+        await router.close()
 
 
 class Producer:

@@ -10,13 +10,14 @@ import pytest
 
 from profile_service.clock import system_clock
 from profile_service.cluster import router as router_module
+from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.config import Capacity, Limits
-from profile_service.errors import InvalidArgument, ResourceExhausted, Superseded, Unavailable
+from profile_service.errors import InvalidArgument, NotFound, ResourceExhausted, Superseded, Unavailable
 from profile_service.frontends import acknowledgements
 from profile_service.frontends import ingest as ingest_module
 from profile_service.frontends.api import Api
 from tests.cluster.local_cluster import FakeShard, encode, until
-from tests.frontends.api_harness import GRPC, Producer, api_over_shards
+from tests.frontends.api_harness import GRPC, Producer, another_api, api_over_shards
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2, profile_pb2, profile_service_pb2
 
@@ -277,6 +278,45 @@ async def test_the_newer_of_two_streams_of_a_producer_stays() -> None:
         await newer.rest()
 
 
+async def test_an_older_stream_that_is_superseded_leaves_nothing_that_gets_ahead_of_the_newer_one() -> None:
+    async with api_over_shards(1, make_shard=Slow) as (api, cluster, _):
+        older, newer = Producer(api), Producer(api)
+        older.send(producer_id="p")
+        await older.told()
+        for sequence in (1, 2):
+            older.send("u1", sequence=sequence)
+        telling = asyncio.create_task(older.told())
+        await until(lambda: bool(cluster.shards[0].requests))
+        newer.send(producer_id="p")
+        await newer.told()
+        with pytest.raises(Superseded):
+            await telling
+        for sequence in (1, 2, 3):
+            newer.send("u1", sequence=sequence)
+        told = asyncio.create_task(newer.told_up_to(3))
+        cluster.shards[0].release.set()
+        await told
+        sequences = [part.sequence for request in cluster.shards[0].requests for part in request if part.sequence]
+        assert sequences[-3:] == [1, 2, 3]
+        newer.end()
+        await newer.rest()
+
+
+async def test_a_producer_id_used_for_other_events_counts_none_of_those_under_a_number_that_was_used() -> None:
+    """A mistake of the producer's: whoever sends other batches needs another name."""
+    async with api_over_shards() as (api, _, _):
+        for user in ("u1", "v1"):
+            producer = Producer(api)
+            producer.send(producer_id="p")
+            for sequence in (1, 2):
+                producer.send(user, sequence=sequence)
+            producer.end()
+            assert (await producer.rest())[-1].sequence == 2
+        assert await views(api, "u1") == 2
+        with pytest.raises(NotFound):
+            await views(api, "v1")
+
+
 async def test_a_stream_is_not_read_beyond_its_window() -> None:
     capacity = Capacity(stream_window_bytes=2_000)
     async with api_over_shards(1, capacity=capacity, make_shard=Slow) as (api, cluster, _):
@@ -343,6 +383,72 @@ async def test_a_request_id_makes_a_batch_count_once() -> None:
             assert answer.accepted_count == 3
         await ingest(api, encode(["u1"], request_id="r2"))
         assert await views(api, "u1") == 3
+
+
+REQUEST = encode(["u1", "u2", "u3", "u4", "u1", ""], request_id="r1")
+
+
+async def check_request(api: Api, answers: Sequence[event_service_pb2.IngestEventsResponse]) -> None:
+    """Every answer is the same, and REQUEST was counted once."""
+    assert {answer.accepted_count for answer in answers} == {5}
+    assert all([(r.index, r.field) for r in answer.rejected] == [(5, "user_id")] for answer in answers)
+    assert [await views(api, user) for user in ("u1", "u2", "u3", "u4")] == [2, 1, 1, 1]
+
+
+async def test_a_request_sent_again_while_the_first_is_on_its_way_counts_once() -> None:
+    async with api_over_shards() as (api, _, _):
+        await check_request(api, await asyncio.gather(*(ingest(api, REQUEST) for _ in range(10))))
+
+
+async def test_a_request_sent_again_through_another_frontend_counts_once() -> None:
+    async with api_over_shards() as (api, cluster, _), another_api(cluster) as other:
+        await check_request(api, await asyncio.gather(ingest(api, REQUEST), ingest(other, REQUEST)))
+        await check_request(other, [await ingest(other, REQUEST)])
+
+
+async def test_a_request_sent_again_after_every_shard_was_killed_counts_once() -> None:
+    async with api_over_shards() as (api, cluster, _):
+        answers = [await ingest(api, REQUEST)]
+        for shard_id in (0, 1):
+            await cluster.kill(shard_id)
+            await cluster.restart(shard_id)
+        await check_request(api, [*answers, await ingest(api, REQUEST)])
+
+
+@pytest.mark.parametrize("through_another", [False, True])
+async def test_a_request_that_reached_one_owner_only_is_completed_when_it_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, through_another: bool
+) -> None:
+    monkeypatch.setattr(router_module, "PATIENCE_S", 0.3)
+    async with api_over_shards() as (api, cluster, _), another_api(cluster) as other:
+        await cluster.kill(0)
+        with pytest.raises(Unavailable, match="may have been counted in part"):
+            await ingest(api, REQUEST)
+        await until(lambda: cluster.shards[1].status().event_count > 0)
+        await cluster.restart(0)
+        monkeypatch.undo()
+        await check_request(api, [await ingest(other if through_another else api, REQUEST)])
+
+
+async def test_a_request_id_used_for_other_events_adds_only_what_its_first_use_did_not_touch() -> None:
+    """A mistake of the caller's, which is answered as if all were well: a request id names one batch. What is counted
+    of the second batch are the events of users in partitions that the first had no event for."""
+    async with api_over_shards() as (api, cluster, _):
+        bits = cluster.topology.partition_bits
+        first = "u1"
+        same = next(f"v{n}" for n in range(1000) if _partition(f"v{n}", bits) == _partition(first, bits))
+        other = next(f"v{n}" for n in range(1000) if _partition(f"v{n}", bits) != _partition(first, bits))
+        await ingest(api, encode([first], request_id="r1"))
+        answer = await ingest(api, encode([first, same, other], request_id="r1"))
+        assert answer.accepted_count == 3
+        assert await views(api, first) == 1
+        assert await views(api, other) == 1
+        with pytest.raises(NotFound):
+            await views(api, same)
+
+
+def _partition(user_id: str, bits: int) -> int:
+    return partition_of(user_hash(user_id), bits)
 
 
 @pytest.mark.parametrize(
