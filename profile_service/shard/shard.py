@@ -47,6 +47,7 @@ from profile_service.shard.log_records import (
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
 from profile_service.storage.fs import DiskFull
+from profile_service.storage.record import MAX_PAYLOAD_BYTES
 from profile_service.storage.wal import WriteAheadLog
 from profile_service.wire.decode import decode_events
 from profile_service.wire.gather import gather_events
@@ -298,6 +299,9 @@ class Shard:
             for part in submission.parts:
                 # Each access to the field copies it: once is enough.
                 events = part.events
+                if len(events) > MAX_PAYLOAD_BYTES - RECORD_OVERHEAD_BYTES:
+                    most = f"a record of the log holds {MAX_PAYLOAD_BYTES}"
+                    raise InvalidArgument("parts.events", f"has {len(events)} bytes, {most}")
                 columns = decode_events(events, self._plan, part.arrival_time_ns)
                 if columns.count != part.event_count:
                     raise InvalidArgument(

@@ -42,8 +42,8 @@ MIN_PADDING_BYTES = 8
 MAX_OVERHEAD_BYTES = HEADER_BYTES + MIN_PADDING_BYTES + ALIGNMENT - 1
 """What a record takes at most beside its payload."""
 
-MAX_PAYLOAD_BYTES = 1 << 24
-"""Beyond this many sectors there might be no mask that thickens them all."""
+MAX_PAYLOAD_BYTES = 24 << 20
+"""Each of its 49,152 sectors rules out one mask of 65,025: beyond twice as many there might be none left."""
 
 FIRST_RESERVED_TYPE = 253
 RECORD_MARK = 253
