@@ -292,9 +292,9 @@ class ByteIndex:
     def __init__(self, capacity: int, arena_bytes: int) -> None:
         self.capacity = capacity
         self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
-        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64, huge_pages=True).reshape(capacity, 2)
+        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64).reshape(capacity, 2)
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
-        self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8, huge_pages=True)
+        self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
         self._state = np.array([0, 0, -1, 0], dtype=np.int64)
         self.high_water = 0
         """Numbers below this one have been in use at some time."""

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+_MADV_POPULATE_WRITE = 23  # of Linux 5.14
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by the standard library from Python 3.13 on
 
 
-def reserve(count: int, dtype: DTypeLike, *, huge_pages: bool = False) -> NDArray[Any]:
+def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
     """An array of `count` zeros of `dtype` whose pages are not in memory until they are touched.
-
-    With `huge_pages` memory comes in pieces of 2 MB where the machine can: for what is large and read all over. A row
-    somewhere in a gigabyte is then found without a walk through page tables, and filling it anew takes half the time.
 
     Raises:
         OSError: the machine does not grant that much address space.
@@ -28,17 +26,30 @@ def reserve(count: int, dtype: DTypeLike, *, huge_pages: bool = False) -> NDArra
     size = max(1, count) * np.dtype(dtype).itemsize
     # The mapping lives as long as the array: NumPy keeps the buffer's owner.
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    if huge_pages:
-        # A kernel without them refuses; pages are then small, and all else is the same.
-        with contextlib.suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(region, dtype=dtype, count=count)
+
+
+def populate(part: NDArray[Any]) -> None:
+    """Brings the pages that lie wholly within `part`, a contiguous piece of what `reserve` returned, into memory: what
+    another thread may do ahead of one that fills it. Does nothing on kernels that cannot.
+    """
+    region, start, end = _pages(part)
+    if end > start:
+        with contextlib.suppress(OSError):
+            region.madvise(_MADV_POPULATE_WRITE, start, end - start)
 
 
 def release(part: NDArray[Any]) -> None:
     """Gives the pages back to the machine that lie wholly within `part`, a contiguous piece of what `reserve` returned;
     they hold zeros when they are touched again.
     """
+    region, start, end = _pages(part)
+    if end > start:
+        region.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def _pages(part: NDArray[Any]) -> tuple[mmap.mmap, int, int]:
+    """The mapping that holds the array, and the bytes of it from the first to the last whole page of the array."""
     assert part.flags.c_contiguous
     whole: Any = part
     while isinstance(whole.base, np.ndarray):
@@ -47,5 +58,4 @@ def release(part: NDArray[Any]) -> None:
     assert isinstance(region, mmap.mmap)
     start = -(-(part.ctypes.data - whole.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (part.ctypes.data - whole.ctypes.data + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
-        region.madvise(mmap.MADV_DONTNEED, start, end - start)
+    return region, start, max(start, end)

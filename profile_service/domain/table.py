@@ -289,7 +289,7 @@ class ProfileTable:
 
 def reserve_rows(most_users: int, layout: Layout) -> NDArray[np.uint8]:
     """(most_users, row_bytes) bytes in reserved address space."""
-    rows: NDArray[np.uint8] = reserve(most_users * layout.row_bytes, np.uint8, huge_pages=True)
+    rows: NDArray[np.uint8] = reserve(most_users * layout.row_bytes, np.uint8)
     return rows.reshape(most_users, layout.row_bytes)
 
 
