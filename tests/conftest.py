@@ -21,6 +21,11 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="replay a run: the seed that it printed (default: a new one)")
+    parser.addoption("--runs", type=int, help="how many runs of the simulation (default: some hundreds)")
+    parser.addoption("--first-seed", type=int, help="seed of the simulation's first run; the others follow it")
+    parser.addoption(
+        "--kills", type=int, help="how many kills of the service's processes (default: a few of each kind)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
