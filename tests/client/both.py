@@ -31,6 +31,11 @@ class Both:
                 await scenario(_Awaitable(client))
 
 
+def awaitable(client: ProfileClient) -> Any:
+    """A synchronous client whose calls can be awaited: they run in threads."""
+    return _Awaitable(client)
+
+
 class _Awaitable:
     """A synchronous object whose calls can be awaited."""
 
