@@ -84,7 +84,7 @@ async def write(directory: Path) -> None:
         stamp += 8
     state.finish_copy()
     await writer.publish()
-    (directory / PROFILES).write_text(json.dumps(readable(state), indent=1, ensure_ascii=False) + "\n")
+    (directory / PROFILES).write_text(json.dumps(readable(state), indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def readable(state: ShardState) -> dict[str, Any]:
