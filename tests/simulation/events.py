@@ -48,7 +48,7 @@ class SchemaText:
     features: tuple[tuple[str, bool], ...]
     """Names, and whether the feature is the other one of that name."""
 
-    @property
+    @functools.cached_property
     def yaml(self) -> str:
         """The file's text."""
         lines = (f"  {name}: {(_OTHERWISE if other else _FEATURES)[name]}\n" for name, other in self.features)
@@ -67,6 +67,11 @@ _SCHEMAS = [_draw_schema(Random(number)) for number in range(24)]
 def draw_schema(random: Random) -> SchemaText:
     """One of the schemas."""
     return random.choice(_SCHEMAS)
+
+
+def schema_of(yaml: str) -> SchemaText:
+    """The schema that has this text."""
+    return next(schema for schema in _SCHEMAS if schema.yaml == yaml)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,208 @@
+"""SIGKILL and SIGSTOP of every kind of process under a known load; afterwards every event is where it should be.
+
+pytest tests/e2e/test_kills.py                a few of each kind
+pytest tests/e2e/test_kills.py --kills 200    so many, with progress, pauses and recovery times
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.e2e.known_load import (
+    KnownLoad,
+    median_and_worst,
+    processes_named,
+    status,
+    until_serving,
+    write_schema,
+)
+from tests.e2e.serving import ServeProcess
+
+A_FEW = (
+    *("shard",) * 3,
+    *("frontend",) * 2,
+    "coordinator",
+    *("stop",) * 2,
+    "all shards",
+    "service",
+    "command",
+)
+LIKELIHOOD = {
+    "shard": 30,
+    "all shards": 5,
+    "frontend": 20,
+    "coordinator": 15,
+    "stop": 15,
+    "service": 8,
+    "command": 7,
+}
+SHARDS = 2
+CHECK_EVERY = 25
+"""In a long run all totals are also compared in between."""
+
+
+class Victims:
+    """A service whose processes are killed, and started again where that takes somebody from outside.
+
+    Each kill returns what was done, for people.
+    """
+
+    def __init__(self, directory: Path, drawn: random.Random) -> None:
+        self._random = drawn
+        self._flags = (
+            "--shards",
+            str(SHARDS),
+            "--data-dir",
+            str(directory / "data"),
+            "--schema",
+            str(write_schema(directory)),
+            # Small, so that rolls and snapshots happen all the time.
+            "--segment-bytes",
+            str(1 << 20),
+            "--snapshot-log-bytes",
+            str(2 << 20),
+        )
+        self.service = ServeProcess(*self._flags)
+        self.address = self.service.grpc_address
+
+    def kill(self, kind: str) -> str:
+        """Does it."""
+        match kind:
+            case "shard":
+                return self._kill([self._random.choice(self._shards())])
+            case "all shards":
+                return self._kill(self._shards())
+            case "frontend":
+                return self._kill(processes_named(self.service, "Frontend"))
+            case "coordinator":
+                return self._kill(processes_named(self.service, "Coordinato"))
+            case "stop":
+                return self._stop()
+            case "service":
+                self.service.kill()
+                return self._start("everything at once")
+            case "command":
+                # The rest has to see by itself that it is to end, and the next one has to wait for that.
+                self.service.signal(signal.SIGKILL)
+                self.service.wait()
+                return self._start("the command alone")
+        raise AssertionError(kind)
+
+    def _shards(self) -> list[int]:
+        return processes_named(self.service, "ShardActor")
+
+    def _kill(self, pids: list[int]) -> str:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        return f"SIGKILL of {pids}"
+
+    def _stop(self) -> str:
+        candidates = [
+            *self._shards(),
+            *processes_named(self.service, "Frontend"),
+            *processes_named(self.service, "Coordinato"),
+        ]
+        pid = self._random.choice(candidates)
+        seconds = self._random.uniform(1.0, 4.0)
+        process = psutil.Process(pid)
+        process.suspend()
+        time.sleep(seconds)
+        process.resume()
+        return f"SIGSTOP of {pid} for {seconds:.1f} s"
+
+    def _start(self, what: str) -> str:
+        port = self.address.rpartition(":")[2]
+        self.service = ServeProcess(*self._flags, "--grpc-port", port)
+        return f"SIGKILL of {what}, started again"
+
+
+@pytest.mark.timeout(6 * 3600)
+def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
+    request: pytest.FixtureRequest, seed: int, tmp_path: Path
+) -> None:
+    asked = request.config.option.kills
+    drawn = random.Random(seed)
+    if asked is None:
+        kinds = list(A_FEW)
+        drawn.shuffle(kinds)
+    else:
+        kinds = drawn.choices(list(LIKELIHOOD), list(LIKELIHOOD.values()), k=asked)
+    victims = Victims(tmp_path, drawn)
+    try:
+        load = KnownLoad(victims.address, seed)
+        load.start()
+        load.wait_for_progress()
+        times = _Times()
+        for number, kind in enumerate(kinds, 1):
+            time.sleep(drawn.uniform(0.0, 1.0))
+            began = time.monotonic()
+            done = victims.kill(kind)
+            if drawn.random() < 0.2 and kind in ("shard", "frontend", "coordinator"):
+                # Again, while it is on its way back.
+                time.sleep(drawn.uniform(0.0, 1.5))
+                done += ", then " + victims.kill(drawn.choice(("shard", "frontend")))
+            load.wait_for_progress()
+            until_serving(victims.address)
+            load.check_alive()
+            ended = time.monotonic()
+            pause_s = max(source.longest_pause_s(began, ended) for source in load.sources)
+            times.add(kind, pause_s, ended - began)
+            back = f"longest pause {pause_s:.2f} s, back in {ended - began:.2f} s"
+            line = f"{number} of {len(kinds)}: {kind}: {done}; {back}"
+            print(line)
+            if asked is not None:
+                _tell(line)
+                if number % CHECK_EVERY == 0:
+                    _tell(f"  so far: {load.pause_and_check()}")
+        load.finish()
+        counted = load.check()
+        events = sum(shard.event_count for shard in status(victims.address).shards)
+        assert events == counted.events, f"the shards have counted {events} events, profiles show {counted.events}"
+        text = f"{len(kinds)} kills, {counted}\n{times}"
+        print(text)
+        if asked is not None:
+            _tell(text)
+        assert counted.events > 0
+        assert victims.service.stop() == 0, victims.service.output
+        assert "Traceback" not in victims.service.output, victims.service.output
+    except BaseException as error:
+        error.add_note(f"output of the last serve:\n{victims.service.output}")
+        raise
+    finally:
+        victims.service.kill()
+
+
+class _Times:
+    """How long things took, by kind of kill."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[str, list[float]] = {}
+        self._recoveries: dict[str, list[float]] = {}
+
+    def add(self, kind: str, pause_s: float, recovery_s: float) -> None:
+        """One kill."""
+        self._pauses.setdefault(kind, []).append(pause_s)
+        self._recoveries.setdefault(kind, []).append(recovery_s)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"  {kind:12} {len(pauses):4}  longest pause of a producer: {median_and_worst(pauses)}; "
+            f"all serving and acknowledging again: {median_and_worst(self._recoveries[kind])}"
+            for kind, pauses in sorted(self._pauses.items())
+        )
+
+
+def _tell(line: str) -> None:
+    """Progress, past pytest's capture."""
+    print(line, file=sys.__stderr__, flush=True)
