@@ -41,7 +41,7 @@ class Block:
 
     def body(self) -> bytes:
         """Its events as the body of a batch."""
-        return b"".join(piece.run(0, len(piece)) for piece in self.pieces)
+        return b"".join(piece.view(0, len(piece)) for piece in self.pieces)
 
     def parts(self, size_bytes: int) -> Iterator[tuple[bytes, NDArray[np.int64]]]:
         """Its events as bodies of at most `size_bytes`, unless one event alone is larger, each with its rows."""

@@ -89,7 +89,11 @@ class EncodedEvents:
 
     def run(self, start: int, stop: int) -> bytes:
         """Events `start` to `stop`, the last excluded, as the body of a batch."""
-        return bytes(self.data[int(self.offsets[start]) : int(self.offsets[stop])])
+        return bytes(self.view(start, stop))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """The same without a copy."""
+        return self.data[int(self.offsets[start]) : int(self.offsets[stop])]
 
     def batches(self, events: int, size_bytes: int) -> list[tuple[int, int]]:
         """Runs (start, stop) of at most `events` events and, unless one event alone is larger, `size_bytes` bytes."""

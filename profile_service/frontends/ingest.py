@@ -90,22 +90,26 @@ class Ingest:
             return
         scanned = self.scan(first, self._clock())
         producer_id = self._producer_id(scanned)
-        acknowledged = await self._router.acknowledged(producer_id) if producer_id else 0
-        stream = _ProducerStream(self, self._router, Lane(producer_id, patient=True), acknowledged)
+        stream = _ProducerStream(self, self._router, Lane(producer_id, patient=True))
         if producer_id:
+            # By the order in which they came, not in which owners answer: the older may be one whose client has gone.
             older = self._streams.get(producer_id)
             if older is not None:
                 older.fail(Superseded(f"a newer stream has the producer_id {producer_id!r}"))
             self._streams[producer_id] = stream
+        held = 0
         try:
-            yield event_service_pb2.StreamEventsResponse(sequence=acknowledged).SerializeToString()
+            if producer_id:
+                held = await self._router.acknowledged(producer_id)
+            stream.begin(held)
+            yield event_service_pb2.StreamEventsResponse(sequence=held).SerializeToString()
             async for response in stream.carry(requests, scanned, self._draining):
                 yield response
         finally:
             stream.close()
             if self._streams.get(producer_id) is stream:
                 del self._streams[producer_id]
-            if producer_id and stream.acknowledged > acknowledged:
+            if producer_id and stream.acknowledged > held:
                 self._router.tell_acknowledged(producer_id, stream.acknowledged, self._clock())
 
     def scan(self, message: bytes, now_ns: int) -> ScannedBatch:
@@ -150,11 +154,11 @@ class Ingest:
 class _ProducerStream:
     """One producer's stream after its first message: what is on its way and what can be told."""
 
-    def __init__(self, ingest: Ingest, router: Router, lane: Lane, acknowledged: int) -> None:
+    def __init__(self, ingest: Ingest, router: Router, lane: Lane) -> None:
         self._ingest = ingest
         self._router = router
         self._lane = lane
-        self._ledger = Acknowledgements(acknowledged)
+        self._ledger = Acknowledgements(0)
         self._last_sequence = 0
         self._held_bytes = 0
         self._failure: ProfileServiceError | None = None
@@ -165,6 +169,12 @@ class _ProducerStream:
     def acknowledged(self) -> int:
         """Everything up to this sequence is durable and readable."""
         return self._ledger.acknowledged
+
+    def begin(self, held: int) -> None:
+        """Everything up to this sequence is durable from before. Raises what the stream has failed with meanwhile."""
+        if self._failure is not None:
+            raise self._failure
+        self._ledger = Acknowledgements(held)
 
     async def carry(
         self, requests: AsyncIterator[bytes], first: ScannedBatch, draining: asyncio.Event

@@ -302,6 +302,33 @@ async def test_an_older_stream_that_is_superseded_leaves_nothing_that_gets_ahead
         await newer.rest()
 
 
+async def test_the_newer_stream_is_the_one_that_came_later_however_long_the_older_waits() -> None:
+    async with api_over_shards(1) as (api, _, _):
+        ask, slow = api.ingest._router.acknowledged, asyncio.Event()
+        asked: list[str] = []
+
+        async def acknowledged(producer_id: str) -> int:
+            asked.append(producer_id)
+            if len(asked) == 1:
+                await slow.wait()
+            return await ask(producer_id)
+
+        api.ingest._router.acknowledged = acknowledged  # type: ignore[method-assign]
+        older, newer = Producer(api), Producer(api)
+        older.send(producer_id="p")
+        telling = asyncio.create_task(older.told())
+        await until(lambda: bool(asked))
+        newer.send(producer_id="p")
+        await newer.told()
+        slow.set()
+        with pytest.raises(Superseded):
+            await telling
+        newer.send("u1", sequence=1)
+        await newer.told_up_to(1)
+        newer.end()
+        await newer.rest()
+
+
 async def test_a_producer_id_used_for_other_events_counts_none_of_those_under_a_number_that_was_used() -> None:
     """A mistake of the producer's: whoever sends other batches needs another name."""
     async with api_over_shards() as (api, _, _):
