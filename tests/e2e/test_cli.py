@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from profile_service.config import Capacity, Limits
+from profile_service.config import Capacity, Limits, Storage
 from tests.e2e.serving import run
 
 COMMANDS = (
@@ -22,6 +22,8 @@ COMMANDS = (
     ["ingest"],
     ["get"],
     ["status"],
+    ["snapshot"],
+    ["inspect"],
     ["schema", "check"],
     ["bench", "ingest"],
     ["bench", "recovery"],
@@ -66,10 +68,34 @@ def test_help_shows_an_example_and_a_flag_is_explained(command: list[str]) -> No
 
 def test_the_help_states_every_limit_and_lets_it_be_set() -> None:
     done = run("serve", "--help")
-    for settings in (Limits(), Capacity()):
+    for settings in (Limits(), Capacity(), Storage()):
         for field in dataclasses.fields(settings):
-            assert f"--{field.name.replace('_', '-')}" in done.stdout
-            assert str(getattr(settings, field.name)) in done.stdout
+            name = "reset_feature" if field.name == "reset_features" else field.name
+            assert f"--{name.replace('_', '-')}" in done.stdout
+            if value := getattr(settings, field.name):
+                assert str(value) in done.stdout
+
+
+def test_every_fault_of_the_storage_flags_is_said_at_once() -> None:
+    flags = [
+        "--segment-bytes",
+        "1000",
+        "--snapshot-log-bytes",
+        "7",
+        "--snapshot-interval-s",
+        "0",
+        "--sync-interval-s",
+        "-1",
+    ]
+    done = run("serve", *flags, "--reset-feature", "color", "--reset-feature", "color")
+    assert_fails(done, *flags[::2], "--reset-feature", "color is given more than once")
+    assert run("serve", "--sync", "sometimes").returncode == 2
+
+
+def test_a_feature_to_reset_that_there_is_not_is_named() -> None:
+    done = run("serve", "--reset-feature", "colour", "--grpc-port", "0", "--http-port", "0")
+    assert done.returncode == 1
+    assert "--reset-feature colour" in done.stderr
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -103,6 +129,35 @@ def test_schema_check_says_every_fault_with_its_line(tmp_path: Path) -> None:
     assert len(said) >= 10, done.stderr
     lines = {int(line.split(": line ")[1].split(":")[0]) for line in said}
     assert lines == {1, 3, 4, 5, 8, 9, 10, 11, 12, 13}, lines
+
+
+def test_schema_check_says_what_a_restart_does_to_stored_profiles(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    head = "name: shop\nevents: {view: {weight: 1}}\nfeatures:\n  size: {kind: latest, attribute: size}\n"
+    old.write_text(head + "  make: {kind: top_k, attribute: make, k: 3}\n  views: {kind: counter, half_life: 1d}\n")
+    new.write_text(head + "  make: {kind: top_k, attribute: make, k: 5}\n  views: {kind: counter, half_life: 2d}\n")
+    check = ("schema", "check", str(new), "--against", str(old))
+    refused = run(*check)
+    assert_fails(refused, "the stored profiles cannot follow", "half_life was 1d, is 2d", "--reset-feature views")
+    for part in ("keeps", "converts", "k was 3, is 5", "refuses"):
+        assert part in refused.stdout
+    assert json.loads(run(*check, "--json").stdout)["changes"]["refused"] == {"views": "half_life was 1d, is 2d"}
+    told = run(*check, "--reset-feature", "views", "--json")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["changes"] == {
+        "kept": {"size": ""},
+        "converted": {"make": "k was 3, is 5"},
+        "added": [],
+        "reset": {"views": "half_life was 1d, is 2d"},
+        "dropped": [],
+        "refused": {},
+        "faults": [],
+    }
+    twice = run(*check, "--reset-feature", "view")
+    assert_fails(twice, "2 faults")
+    assert [line.split(": ")[0] for line in twice.stderr.splitlines()[:2]] == ["feature views", "--reset-feature view"]
+    assert "did you mean views?" in twice.stderr
+    assert_fails(run("schema", "check", str(new), "--reset-feature", "views"), "--against")
 
 
 def test_serve_with_a_faulty_schema_says_the_same_faults(tmp_path: Path) -> None:
@@ -148,7 +203,7 @@ def test_a_store_that_is_not_served_is_refused(store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [["get", "u1"], ["status"], ["ingest", __file__, "--format", "csv"]], ids=lambda c: c[0]
+    "command", [["get", "u1"], ["status"], ["snapshot"], ["ingest", __file__, "--format", "csv"]], ids=lambda c: c[0]
 )
 def test_a_service_that_is_not_there_is_said_at_once(command: list[str]) -> None:
     with socket.socket() as unused:

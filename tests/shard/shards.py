@@ -16,6 +16,7 @@ from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import CrashingFileSystem
+from profile_service.storage.fs import FileSystem
 from profile_service.storage.wal import LogOptions
 
 DIRECTORY = Path("/data/shard-3")
@@ -58,7 +59,7 @@ class Gate:
 
 
 async def recovered(
-    fs: CrashingFileSystem,
+    fs: FileSystem,
     schema: Schema,
     *,
     gate: Gate | None = None,
@@ -67,6 +68,7 @@ async def recovered(
     partition_bits: int = 8,
     segment_bytes: int = 1 << 16,
     directory: Path = DIRECTORY,
+    identity: bytes = IDENTITY,
 ) -> Recovered:
     """What `fs` holds of the shard; small tables, so that a test can make many."""
     capacity = capacity or Capacity(event_ids_per_shard=1024)
@@ -75,7 +77,7 @@ async def recovered(
         fs,
         directory,
         schema,
-        identity=IDENTITY,
+        identity=identity,
         holder="a test",
         reset_features=reset_features,
         partition_bits=partition_bits,
@@ -130,17 +132,21 @@ def make_shard(
 @asynccontextmanager
 async def running(
     schema: Schema,
-    fs: CrashingFileSystem | None = None,
+    fs: FileSystem | None = None,
     *,
     gate: Gate | None = None,
     clock: Callable[[], int] | None = None,
     owned: Sequence[int] = range(256),
     health: Health | None = None,
+    directory: Path = DIRECTORY,
+    identity: bytes = IDENTITY,
     **capacity: int,
 ) -> AsyncIterator[Shard]:
     """A shard that serves; at the end it is closed, if it has not failed."""
     bounds = Capacity(**{"event_ids_per_shard": 1024, **capacity})
-    found = await recovered(fs or CrashingFileSystem(), schema, gate=gate, capacity=bounds)
+    found = await recovered(
+        fs or CrashingFileSystem(), schema, gate=gate, capacity=bounds, directory=directory, identity=identity
+    )
     shard = make_shard(found, owned=owned, capacity=bounds, clock=clock, health=health)
     writer = asyncio.create_task(shard.run())
     try:
