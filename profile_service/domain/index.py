@@ -9,11 +9,16 @@ Open addressing with linear probing over XXH64. A table slot and what it points 
 A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no
 tombstones gather. Entries and arena lie in reserved address space and never move when the table grows; only the slots
 are laid out anew.
+
+A number that was given back has no hash and the uppermost bit of its extent set, and stands in a list of free ones. An
+index either gives the next string any free number, and closes the gaps in the arena when that is full; or it gives it
+one that a string of the same length had, together with that one's place in the arena, which then leaves no gaps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 import xxhash
@@ -31,7 +36,10 @@ _FULLEST = 0.8
 _AHEAD = 256
 """Keys whose way is looked up ahead: their slots, entries and bytes together stay within a processor's nearest caches.
 """
-_COUNT, _ARENA_END, _FREE_HEAD, _GARBAGE = range(4)
+_COUNT, _ARENA_END, _GARBAGE = range(3)
+_FREE = np.uint64(1 << 63)
+_PLACELESS = MOST_BYTES + 1
+"""Where a list by length begins of those that have no place in the arena."""
 
 
 @leaf_kernel
@@ -118,6 +126,7 @@ def _find_many(
     entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
     state: NDArray[np.int64],
+    free: NDArray[np.int64],
     next_free: NDArray[np.int64],
     buffer: NDArray[np.uint8],
     offset: NDArray[np.int64],
@@ -129,7 +138,8 @@ def _find_many(
 ) -> int:
     """Fills `numbers`; -1 for absent (length below 0, or not found where `insert` is off). Returns how many were new.
 
-    Numbers that were never used before start at `first`; freed ones come first.
+    Numbers that were never used before start at `first`; freed ones come first. `free` has the number, plus 1, with
+    which each list of free ones begins; `next_free` how it goes on.
     """
     new = 0
     for start in range(0, len(key), _AHEAD):
@@ -151,15 +161,27 @@ def _find_many(
             if not insert:
                 numbers[i] = -1
                 continue
-            number = state[_FREE_HEAD]
-            if number >= 0:
-                state[_FREE_HEAD] = next_free[number]
+            of_its_length = size if len(free) > 1 else 0
+            any_other = len(free) - 1
+            if len(free) > 1 and free[of_its_length] != 0:
+                number = free[of_its_length] - 1
+                free[of_its_length] = next_free[number]
+                place = to_i64((entries[number, 1] & ~_FREE) >> np.uint64(_LENGTH_BITS))
             else:
-                number = first
-                first += 1
-            place = state[_ARENA_END]
+                if free[any_other] == 0 and first == len(entries):
+                    # All numbers were in use at some time: one whose place does not fit is better than none.
+                    any_other = 0
+                    while free[any_other] == 0:
+                        any_other += 1
+                if free[any_other] != 0:
+                    number = free[any_other] - 1
+                    free[any_other] = next_free[number]
+                else:
+                    number = first
+                    first += 1
+                place = state[_ARENA_END]
+                state[_ARENA_END] = place + size
             copy_bytes(arena, place, buffer, offset[i], size)
-            state[_ARENA_END] = place + size
             entries[number, 0] = key[i]
             entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
             slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
@@ -188,6 +210,57 @@ def _remove(slots: NDArray[np.uint64], entries: NDArray[np.uint64], at: int) -> 
 
 
 @leaf_kernel
+def _give_back(
+    slots: NDArray[np.uint64],
+    entries: NDArray[np.uint64],
+    state: NDArray[np.int64],
+    free: NDArray[np.int64],
+    next_free: NDArray[np.int64],
+    number: int,
+    at: int,
+) -> None:
+    """Frees a number and the slot that points to it."""
+    _remove(slots, entries, at)
+    size = to_i64(entries[number, 1] & np.uint64(MOST_BYTES))
+    entries[number, 0] = np.uint64(0)
+    if len(free) > 1:
+        entries[number, 1] |= _FREE
+        which = size
+    else:
+        entries[number, 1] = _FREE
+        state[_GARBAGE] += size
+        which = 0
+    next_free[number] = free[which]
+    free[which] = number + 1
+    state[_COUNT] -= 1
+
+
+@leaf_kernel
+def _give_back_unmarked(
+    slots: NDArray[np.uint64],
+    entries: NDArray[np.uint64],
+    state: NDArray[np.int64],
+    free: NDArray[np.int64],
+    next_free: NDArray[np.int64],
+    marks: NDArray[np.uint8],
+    first: int,
+    last: int,
+) -> int:
+    """Frees the numbers from `first` up to `last` that are in use and not marked; returns how many."""
+    mask = np.uint64(len(slots) - 1)
+    freed = 0
+    for number in range(first, last):
+        if marks[number] != 0 or entries[number, 1] & _FREE != np.uint64(0):
+            continue
+        at = entries[number, 0] & mask
+        while slots[at] & np.uint64(0xFFFFFFFF) != np.uint64(number + 1):
+            at = (at + np.uint64(1)) & mask
+        _give_back(slots, entries, state, free, next_free, number, to_i64(at))
+        freed += 1
+    return freed
+
+
+@leaf_kernel
 def _rehash(old: NDArray[np.uint64], entries: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
     mask = np.uint64(len(slots) - 1)
     for i in range(len(old)):
@@ -211,13 +284,13 @@ def _copy_out(
     number that is not in use. Returns the number to go on with and the bytes copied."""
     size = 0
     for number in range(first, last):
+        if entries[number, 1] & _FREE != np.uint64(0):
+            lengths[number - first] = -1
+            continue
         extent = to_i64(entries[number, 1])
         length = extent & MOST_BYTES
         if size + length > len(target):
             return number, size
-        if entries[number, 0] == np.uint64(0) and extent == 0:
-            lengths[number - first] = -1
-            continue
         copy_bytes(target, size, arena, extent >> _LENGTH_BITS, length)
         lengths[number - first] = length
         size += length
@@ -247,6 +320,7 @@ def _place_numbered(
     entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
     state: NDArray[np.int64],
+    free: NDArray[np.int64],
     next_free: NDArray[np.int64],
     buffer: NDArray[np.uint8],
     offsets: NDArray[np.int64],
@@ -260,8 +334,9 @@ def _place_numbered(
         size = to_i64(lengths[i])
         number = first + i
         if size < 0:
-            next_free[number] = state[_FREE_HEAD]
-            state[_FREE_HEAD] = number
+            entries[number, 1] = _FREE
+            next_free[number] = free[len(free) - 1]
+            free[len(free) - 1] = number + 1
             continue
         place = state[_ARENA_END]
         copy_bytes(arena, place, buffer, offsets[i], size)
@@ -289,13 +364,14 @@ class ByteIndex:
     (1, -1, b'u2')
     """
 
-    def __init__(self, capacity: int, arena_bytes: int) -> None:
+    def __init__(self, capacity: int, arena_bytes: int, *, reuse_by_length: bool = False) -> None:
         self.capacity = capacity
         self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
         self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64).reshape(capacity, 2)
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
         self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
-        self._state = np.array([0, 0, -1, 0], dtype=np.int64)
+        self._free: NDArray[np.int64] = reserve(_PLACELESS + 1 if reuse_by_length else 1, np.int64)
+        self._state = np.zeros(3, dtype=np.int64)
         self.high_water = 0
         """Numbers below this one have been in use at some time."""
 
@@ -346,6 +422,7 @@ class ByteIndex:
                 self._entries,
                 self._arena,
                 self._state,
+                self._free,
                 self._next_free,
                 buffer,
                 offset,
@@ -400,13 +477,19 @@ class ByteIndex:
         if at < 0:
             return -1
         number = int(self._slots[at] & np.uint64(0xFFFFFFFF)) - 1
-        _remove(self._slots, self._entries, at)
-        self._state[_GARBAGE] += int(self._entries[number, 1]) & MOST_BYTES
-        self._entries[number] = 0
-        self._next_free[number] = self._state[_FREE_HEAD]
-        self._state[_FREE_HEAD] = number
-        self._state[_COUNT] -= 1
+        _give_back(self._slots, self._entries, self._state, self._free, self._next_free, number, at)
         return number
+
+    def remove_unmarked(self, marks: NDArray[np.uint8], first: int, last: int) -> int:
+        """Removes the strings with numbers from `first` up to `last` whose mark is 0; returns how many."""
+        last = min(last, len(marks))
+        if first >= last:
+            return 0
+        return int(
+            _give_back_unmarked(
+                self._slots, self._entries, self._state, self._free, self._next_free, marks, first, last
+            )
+        )
 
     def numbers(self) -> NDArray[np.int64]:
         """Every number in use, ascending."""
@@ -440,6 +523,7 @@ class ByteIndex:
             self._entries,
             self._arena,
             self._state,
+            self._free,
             self._next_free,
             buffer,
             offsets,
@@ -495,9 +579,15 @@ class ByteIndex:
         for number in numbers.tolist():
             assert self.get(self.bytes_of(number)) == number
         free = []
-        at = int(self._state[_FREE_HEAD])
-        while at >= 0:
-            free.append(at)
-            at = int(self._next_free[at])
+        for head in self._free[self._free != 0].tolist():
+            at = head
+            while at:
+                free.append(at - 1)
+                at = int(self._next_free[at - 1])
         assert set(free).isdisjoint(numbers.tolist())
         assert len(free) + len(numbers) == self.high_water
+        used = (self._entries[: self.high_water, 1] & _FREE) == 0
+        assert np.array_equal(np.flatnonzero(used), numbers)
+        extents = self._entries[: self.high_water, 1] & ~_FREE
+        places = sorted((int(e) >> _LENGTH_BITS, int(e) & MOST_BYTES) for e in extents.tolist() if e & MOST_BYTES)
+        assert all(place + size <= after for (place, size), (after, _) in pairwise(places))

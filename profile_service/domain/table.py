@@ -3,6 +3,9 @@
     ByteIndex users   user id → row              rows     (users, row_bytes), in reserved address space
     ByteIndex texts   text → interned id - 1     layout   which slots of a row each feature owns
 
+A text that no row refers to any more is found while rows are copied anyway (`begin_copy`): each copied row marks its
+texts, and so does whatever touches a text after that. What has no mark when all rows are copied is nobody's.
+
 Nothing here waits, reads a clock or draws a random number: the same events in the same order give the same rows.
 """
 
@@ -20,6 +23,7 @@ from profile_service.domain.decay import decompose, half_life_to_ns
 from profile_service.domain.features.base import Batch, Feature, ReadContext
 from profile_service.domain.header import merge_header, update_header
 from profile_service.domain.index import ByteIndex
+from profile_service.domain.kernel import leaf_kernel
 from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED, Layout
 from profile_service.domain.memory import reserve
 from profile_service.domain.population import Population, PopulationRow
@@ -53,7 +57,10 @@ class ProfileTable:
 
     def __init__(self, schema: Schema, *, most_users: int = MOST_USERS, most_texts: int = MOST_TEXTS) -> None:
         self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
-        self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES)
+        self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES, reuse_by_length=True)
+        self._marks: NDArray[np.uint8] | None = None
+        """By number of a text that was there when a copy began: whether a row may refer to it. None while nothing is
+        copied."""
         layout = Layout.compile(schema)
         self._bind(schema, layout, reserve_rows(most_users, layout), PopulationRow(schema))
 
@@ -161,6 +168,8 @@ class ProfileTable:
             for a in self._interned:
                 self.texts.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=True)
                 batch.text_ids[a] = numbers + 1
+                if self._marks is not None:
+                    _mark(self._marks, batch.text_ids[a])
 
         def split_times_and_look_up_codes() -> None:
             for half_life_ns in self._half_lives_ns:
@@ -215,10 +224,32 @@ class ProfileTable:
         fresh = self.users.high_water
         row = self.users.add([user_id.encode()])[0]
         self._rows[fresh : self.users.high_water] = self.layout.template
+        self._mark_rows(self._views.u4[source : source + 1], self.layout)
         merge_header(self._views.i8, row, self._views.i8, source)
         for feature in self.layout.features:
             feature.merge(self._views, row, self._views, source)
         self.remove(source_user_id)
+
+    def begin_copy(self) -> None:
+        """From here on it is noted which texts are referred to. All rows that there are now are copied next, each once,
+        by `copy_rows`; then `sweep_texts` may be called, and at the end `finish_copy`."""
+        self._marks = np.zeros(self.texts.high_water, dtype=np.uint8)
+        self._mark_rows(self.population.views.u4, self.population.layout)
+
+    def sweep_texts(self, first: int, last: int) -> int:
+        """Forgets the texts with numbers from `first` up to `last` that nothing refers to; returns how many."""
+        assert self._marks is not None
+        return self.texts.remove_unmarked(self._marks, first, last)
+
+    def finish_copy(self) -> None:
+        """Nothing is noted any more."""
+        self._marks = None
+
+    def _mark_rows(self, u4: NDArray[np.uint32], layout: Layout) -> None:
+        if self._marks is not None:
+            for feature in layout.features:
+                for first, count in feature.strings():
+                    _mark_slots(self._marks, u4, first, count)
 
     def copy_rows(
         self, first: int, last: int, lengths: NDArray[np.int32], ids: NDArray[np.uint8], rows: NDArray[np.uint8]
@@ -236,6 +267,7 @@ class ProfileTable:
         else:
             np.take(self._rows[first:following], chosen, axis=0, out=rows[:count])
             lengths[:count] = lengths[chosen]
+        self._mark_rows(self._views.u4[first:following], self.layout)
         return following, count, id_bytes
 
     def load_rows(
@@ -256,17 +288,28 @@ class ProfileTable:
 
     def highest_text(self) -> int:
         """The highest number, plus 1, of a text that a row or the population refers to; 0 for none."""
+        return int(self._text_ids().max())
+
+    def check_invariants(self) -> None:
+        """Every text that a row or the population refers to is there; for tests."""
+        self.users.check_invariants()
+        self.texts.check_invariants()
+        there = np.zeros(self.texts.high_water + 1, dtype=np.bool_)
+        there[0] = True
+        there[self.texts.numbers() + 1] = True
+        assert there[self._text_ids()].all()
+
+    def _text_ids(self) -> NDArray[np.uint32]:
+        """The interned ids in all rows and in the population, 0 among them."""
         high = self.users.high_water
         sources = ((self.layout, self._views.u4[:high]), (self.population.layout, self.population.views.u4))
-        return max(
-            (
-                int(u4[:, first : first + count].max(initial=0))
-                for layout, u4 in sources
-                for feature in layout.features
-                for first, count in feature.strings()
-            ),
-            default=0,
-        )
+        runs = [
+            u4[:, first : first + count].reshape(-1)
+            for layout, u4 in sources
+            for feature in layout.features
+            for first, count in feature.strings()
+        ]
+        return np.concatenate([np.zeros(1, dtype=np.uint32), *runs])
 
     def remove(self, user_id: str) -> bool:
         """Forgets the user; False for a user never seen."""
@@ -285,6 +328,24 @@ class ProfileTable:
         received = self._views.i8[first:last, LAST_RECEIVED]
         rows = np.flatnonzero((counts > 0) & (received < now_ns - int(ttl_s * 1e9))) + first
         return [self.users.bytes_of(row) for row in rows.tolist()]
+
+
+@leaf_kernel
+def _mark(marks: NDArray[np.uint8], held: NDArray[np.uint32]) -> None:
+    """Marks the texts of interned ids; those that came later need no mark."""
+    for i in range(len(held)):
+        number = np.int64(held[i]) - 1
+        if 0 <= number < len(marks):
+            marks[number] = 1
+
+
+@leaf_kernel
+def _mark_slots(marks: NDArray[np.uint8], u4: NDArray[np.uint32], first: int, count: int) -> None:
+    for row in range(len(u4)):
+        for slot in range(first, first + count):
+            number = np.int64(u4[row, slot]) - 1
+            if 0 <= number < len(marks):
+                marks[number] = 1
 
 
 def reserve_rows(most_users: int, layout: Layout) -> NDArray[np.uint8]:

@@ -195,11 +195,13 @@ class ShardState:
         self.schema = schema
 
     def copy_blocks(self) -> StateCopy:
-        """A copy that begins now, to be taken in small steps while the state goes on."""
+        """A copy that begins now, to be taken in small steps while the state goes on. One at a time: `finish_copy` ends
+        it, whether it was taken to its end or not."""
         return StateCopy(self)
 
     def finish_copy(self) -> None:
-        """The copy that was begun last is taken, or given up."""
+        """The copy that was begun is taken, or given up."""
+        self.table.finish_copy()
 
     def stamp_rows(self, rows: NDArray[np.int64], stamp: int) -> None:
         """Notes that a snapshot's block of this stamp brought the rows; for `load`."""
@@ -210,8 +212,7 @@ class ShardState:
 
     def check_invariants(self) -> None:
         """For tests."""
-        self.table.users.check_invariants()
-        self.table.texts.check_invariants()
+        self.table.check_invariants()
         self.producers.check_invariants()
         self.event_ids.check_invariants()
         assert self.event_count >= 0

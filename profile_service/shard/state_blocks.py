@@ -11,9 +11,9 @@
     TEXTS       texts with numbers from a first one on                                  ┘
     END         rows and texts copied
 
-Rows hold numbers of texts. Texts are only added while a copy is under way, and are copied last: so whatever a row
-refers to is there. A text keeps its number. The layout is there so that a version which would lay out the same schema
-otherwise does not take one number for another.
+Rows hold numbers of texts. Texts are copied last, and until then they are only added: so whatever a row refers to is
+there. Before they are copied those go that nothing refers to any more. A text keeps its number. The layout is there so
+that a version which would lay out the same schema otherwise does not take one number for another.
 
 What a salvage brings may lack any block but the first two: a text that is gone is then called lost, and the others are
 as if they had never been.
@@ -67,7 +67,7 @@ ROWS_A_STEP = 1024
 PRODUCERS_A_STEP = 256
 REQUESTS_A_STEP = 512
 EVENT_IDS_A_STEP = 1 << 14
-TEXTS_A_STEP = 1 << 14
+TEXTS_A_STEP = 1 << 12
 
 _ID_BYTES = 64
 """Room for an id on average; where it does not do, a step copies fewer."""
@@ -82,6 +82,7 @@ class StateCopy:
         """Rows from here on are made of what the log holds after the beginning."""
         self._copied_rows = 0
         table = state.table
+        table.begin_copy()
         self._first = [
             (SCHEMA, state.schema.text.encode()),
             (LAYOUT, _describe(table)),
@@ -181,6 +182,7 @@ class StateCopy:
             count = min(TEXTS_A_STEP, stop - number)
             lengths = np.empty(count, np.int32)
             target = self._space[_aligned(_PREFIX.size + 8 + 4 * count) :]
+            self._state.table.sweep_texts(number, number + count)
             following, size = self._state.table.texts.copy_strings(number, number + count, lengths, target)
             count = following - number
             sections = (np.array([number], np.uint64), lengths[:count], target[:size])

@@ -14,9 +14,9 @@ from profile_service.domain.index import ByteIndex
 class IndexMachine(RuleBasedStateMachine):
     """Adds and removes strings from a small pool, so that chains collide and numbers are reused."""
 
-    @initialize()
-    def start(self) -> None:
-        self.index = ByteIndex(capacity=3000, arena_bytes=20_000)
+    @initialize(reuse_by_length=st.booleans())
+    def start(self, reuse_by_length: bool) -> None:
+        self.index = ByteIndex(capacity=3000, arena_bytes=20_000, reuse_by_length=reuse_by_length)
         self.model: dict[bytes, int] = {}
 
     @rule(strings=st.lists(st.integers(0, 400), max_size=80))
@@ -34,6 +34,15 @@ class IndexMachine(RuleBasedStateMachine):
         for number in numbers:
             string = b"%d" % (number * 7919)
             assert self.index.remove(string) == self.model.pop(string, -1)
+
+    @rule(kept=st.sets(st.integers(0, 400)), first=st.integers(0, 50), count=st.integers(0, 500))
+    def remove_unmarked(self, kept: set[int], first: int, count: int) -> None:
+        marks = np.zeros(self.index.high_water, np.uint8)
+        marks[[number for string, number in self.model.items() if int(string) // 7919 in kept]] = 1
+        gone = [s for s, n in self.model.items() if first <= n < first + count and not marks[n]]
+        assert self.index.remove_unmarked(marks, first, first + count) == len(gone)
+        for string in gone:
+            del self.model[string]
 
     @rule(number=st.integers(0, 500))
     def get(self, number: int) -> None:
@@ -92,3 +101,41 @@ def test_the_arena_of_removed_strings_is_used_again() -> None:
             index.remove(string)
         index.check_invariants()
     assert len(index) == 50
+
+
+def test_an_index_that_reuses_by_length_takes_no_more_room_and_is_full_when_it_is() -> None:
+    index = ByteIndex(capacity=100, arena_bytes=1000, reuse_by_length=True)
+    for turn in range(50):
+        strings = [b"%03d" % n + b"x" * (n % 3) for n in range(turn, turn + 60)]
+        index.add(strings)
+        memory = index.memory_bytes
+        index.remove_unmarked(np.zeros(index.high_water, np.uint8), 0, index.high_water)
+        assert len(index) == 0
+        assert memory <= 8 * 1024 + 60 * (16 + 5)
+        index.check_invariants()
+    # Of other lengths: numbers are taken from those that had a place that does not fit.
+    assert len(set(index.add([b"%02d" % n for n in range(100)]))) == 100
+    index.check_invariants()
+    with pytest.raises(OverflowError):
+        index.add([b"one more"])
+
+
+def test_what_is_copied_out_is_loaded_again_with_its_numbers() -> None:
+    index = ByteIndex(capacity=100, arena_bytes=10_000, reuse_by_length=True)
+    strings = [b"", b"a", b"bb" * 20, "日産".encode(), *(b"%d" % n for n in range(40))]
+    index.add(strings)
+    for string in strings[::3]:
+        index.remove(string)
+    other = ByteIndex(capacity=100, arena_bytes=10_000, reuse_by_length=True)
+    number = 0
+    while number < index.high_water:
+        lengths, target = np.empty(7, np.int32), np.empty(45, np.uint8)
+        following, size = index.copy_strings(number, min(number + 7, index.high_water), lengths, target)
+        other.load_numbered(number, lengths[: following - number], target[:size])
+        number = following
+    other.check_invariants()
+    assert [other.get(string) for string in strings] == [index.get(string) for string in strings]
+    with pytest.raises(ValueError, match="do not follow"):
+        other.load_numbered(3, np.array([1], np.int32), np.frombuffer(b"z", np.uint8))
+    with pytest.raises(ValueError, match="do not add up"):
+        other.load_numbered(other.high_water, np.array([2], np.int32), np.frombuffer(b"z", np.uint8))

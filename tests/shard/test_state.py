@@ -413,3 +413,76 @@ def test_a_changed_schema_keeps_what_it_can_and_is_copied_as_such() -> None:
     recovered = ShardState.load(taken.blocks, new_state)
     assert recovered.schema.fingerprint == changed.fingerprint
     check_same(state, recovered)
+
+
+def texts_of(state: ShardState) -> set[str]:
+    return {state.table.texts.bytes_of(int(number)).decode() for number in state.table.texts.numbers()}
+
+
+def test_texts_that_nothing_refers_to_go_with_a_snapshot() -> None:
+    """What a list has pushed out, what a forgotten user had; and nothing that is touched meanwhile."""
+    schema = parse_schema(
+        "{name: s, events: {view: {weight: 1}}, features: {items: {kind: recent, attribute: item, size: 2}}}"
+    )
+
+    def seen(user: str, *items: str) -> Batch:
+        return Batch([Event(user, "view", NOW_NS + n, {"item": item}) for n, item in enumerate(items)])
+
+    with small_steps(ROWS_A_STEP=1):
+        straight = Straight(schema, new_state(schema))
+        straight.commit(seen("u1", "a", "b", "c"))
+        straight.commit(seen("u2", "d", "e"))
+        straight.commit(seen("u3", "x", "y"))
+        straight.forget(["u3"])
+        assert texts_of(straight.state) == {"a", "b", "c", "d", "e", "x", "y"}
+        taken = Taken(straight)
+        taken.finish()
+        # The population's own list: the latest two that arrived of the latest time.
+        population = {"x", "y", "c", "e"} & texts_of(straight.state)
+        assert texts_of(straight.state) == {"b", "c", "d", "e"} | population
+        assert "a" not in texts_of(straight.state)
+        straight.state.check_invariants()
+        check_same(straight.state, taken.recover())
+        # What is touched while it is looked for stays, and what goes then may come again.
+        taken = Taken(straight)
+        for number in range(30):
+            straight.commit(seen(f"u{number % 3}", f"n{number}", "a"))
+            straight.state.check_invariants()
+            taken.step()
+        taken.finish()
+        straight.state.check_invariants()
+        recovered = taken.recover()
+        check_same(straight.state, recovered)
+        final = Taken(straight)
+        final.finish()
+        assert texts_of(final.recover()) == texts_of(straight.state)
+        assert len(texts_of(straight.state)) <= 3 * 2 + 2
+
+
+def test_texts_do_not_gather_over_many_snapshots() -> None:
+    schema = parse_schema("{name: s, events: {view: {weight: 1}}, features: {last: {kind: latest, attribute: item}}}")
+    with small_steps():
+        straight = Straight(schema, new_state(schema))
+        most = 0
+        for turn in range(40):
+            taken = Taken(straight)
+            for number in range(20):
+                item = f"item-{turn * 20 + number:06}"
+                straight.commit(Batch([Event(USERS[number % 9], "view", NOW_NS + turn * 20 + number, {"item": item})]))
+                taken.step()
+            taken.finish()
+            most = max(most, straight.state.table.texts.high_water)
+        assert most <= 3 * 20 + 10
+        assert straight.state.table.texts.memory_bytes <= 8 * 1024 + most * (16 + 11)
+
+
+def test_a_copy_that_is_given_up_forgets_no_text() -> None:
+    straight, _ = whole_snapshot()
+    before = texts_of(straight.state)
+    copy = straight.state.copy_blocks()
+    for _ in range(6):
+        copy.step(np.empty(copy.space_bytes, np.uint8))
+    straight.state.finish_copy()
+    assert texts_of(straight.state) == before
+    straight.commit(Batch([Event("u1", "view", NOW_NS, {"make": "new"})]))
+    straight.state.check_invariants()
