@@ -223,7 +223,7 @@ class ProfileClient:
         return answer
 
     def create_snapshot(self, *, timeout_s: float | None = None) -> admin_service_pb2.CreateSnapshotResponse:
-        """Writes a snapshot of every shard."""
+        """Writes a snapshot of every shard. Large shards take minutes: give a `timeout_s` that allows for it."""
         answer: admin_service_pb2.CreateSnapshotResponse
         request = admin_service_pb2.CreateSnapshotRequest()
         answer = self._call(self._admin.CreateSnapshot, request, timeout_s, repeatable=False)
