@@ -45,6 +45,10 @@ def warm_kernels(schema: Schema) -> None:
     blocks = []
     while (step := copy.step(space)) is not None:
         blocks.append(Block(step[0], 1, memoryview(bytes(step[1]))))
+        # What is applied meanwhile does a little more.
+        state.apply(columns, 0, columns.count, now_ns)
+    state.finish_copy()
+    state.forget([b"u0"])
     recovered = ShardState.load(blocks, _small_state)
     for position in (0, 1):
         recovered.note("warm", 3, 0, columns, now_ns)
