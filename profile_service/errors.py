@@ -125,5 +125,5 @@ class SchemaChangeRefused(StartupError):
     """Stored profiles cannot follow a change of the schema; `faults` holds every reason."""
 
     def __init__(self, faults: tuple[str, ...]) -> None:
-        super().__init__("\n  ".join(("the stored profiles cannot follow the changed schema:", *faults)))
+        super().__init__(f"the stored profiles cannot follow the changed schema: {'; '.join(faults)}")
         self.faults = faults

@@ -66,7 +66,7 @@ def serve(
         list[str],
         flag(
             "--reset-feature",
-            "Start this feature empty if its change would otherwise be refused; may be given again and again.",
+            "Start this feature empty if the schema changes it, which may be refused otherwise; repeatable.",
             panel=_STORAGE,
             metavar="NAME",
         ),

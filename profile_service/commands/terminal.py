@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from profile_service.errors import ProfileServiceError, SchemaError
+from profile_service.errors import ProfileServiceError, SchemaChangeRefused, SchemaError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +50,9 @@ def exit_status_of(error: BaseException) -> int:
             print(f"{error.source}: {fault}", file=sys.stderr)
         count = len(error.faults)
         say_error(f"{error.source}: {count} {'fault' if count == 1 else 'faults'}; correct the lines named above")
+    elif isinstance(error, SchemaChangeRefused) and len(error.faults) > 1:
+        print(*error.faults, sep="\n", file=sys.stderr)
+        say_error(f"the stored profiles cannot follow the changed schema: {len(error.faults)} faults, named above")
     elif isinstance(error, ProfileServiceError):
         say_error(error.message)
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "pyarrow":

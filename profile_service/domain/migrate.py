@@ -12,7 +12,7 @@ A shape (`FeatureSpec.shape`) is what the numbers of a row mean. What only reads
 events count and how much: that holds for events from now on.
 
 A migration depends on the two schemas and the rows alone. So it can happen at its place in a log, in a replay as on the
-day itself.
+day itself. Logs hold changes that were accepted: what this accepts it must go on accepting, with the same result.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ class Changes:
     """Told to start anew: they start empty."""
     dropped: tuple[str, ...]
     """No longer there: what they hold goes."""
+    refused: Mapping[str, str]
+    """What they hold would mean something else, and nobody told them to start anew."""
     faults: tuple[str, ...]
-    """Why the change is refused; where there are any, the rest is what would happen without them."""
+    """Every reason for which the change as a whole is refused, and what to do."""
 
     def raise_faults(self) -> None:
         """Raises SchemaChangeRefused where the change is refused."""
@@ -86,7 +88,7 @@ def compare(old: Schema, new: Schema, reset: Collection[str] = ()) -> Changes:
     kept, so that to start again with the same flags empties nothing twice.
     """
     before = {spec.name: spec for spec in old.features}
-    kept, converted, started = {}, {}, {}
+    kept, converted, started, refused = {}, {}, {}, {}
     added, faults = [], []
     weights_before = {event.name: event.weight for event in old.event_types}
     weights = {event.name: event.weight for event in new.event_types}
@@ -105,15 +107,16 @@ def compare(old: Schema, new: Schema, reset: Collection[str] = ()) -> Changes:
         elif was.kind == spec.kind and differences.keys() <= spec.options.convertible:
             converted[spec.name] = remark
         else:
+            refused[spec.name] = remark
             faults.append(
-                f"feature {spec.name}: {'; '.join(differences.values())}; what it holds would mean something else: let "
-                f"it start empty with --reset-feature {spec.name}, or give the changed feature another name"
+                f"feature {spec.name}: {'; '.join(differences.values())}: let it start empty with --reset-feature "
+                f"{spec.name}, or give it another name"
             )
     names = [spec.name for spec in new.features]
     for name in sorted(set(reset).difference(names)):
         hint = ": it goes without being told to" if name in before else nearest(name, names)
         faults.append(f"--reset-feature {name}: the schema has no such feature{hint}")
-    return Changes(kept, converted, tuple(added), started, tuple(before), tuple(faults))
+    return Changes(kept, converted, tuple(added), started, tuple(before), refused, tuple(faults))
 
 
 def migrate(table: ProfileTable, schema: Schema, reset: Collection[str] = ()) -> ProfileTable:
@@ -141,7 +144,8 @@ def migrate(table: ProfileTable, schema: Schema, reset: Collection[str] = ()) ->
         stop = min(start + step, table.users.high_water)
         rows[start:stop] = layout.template
         plan.carry(table.layout.views_of(table.rows[start:stop]), layout.views_of(rows[start:stop]))
-        release(table.rows[start:stop])
+        # With the block before, so that the page goes, too, on which both have a share.
+        release(table.rows[max(0, start - step) : stop])
     return table.rebound(schema, layout, rows, population)
 
 
@@ -240,7 +244,8 @@ def _difference(key: str, old: Any, new: Any) -> str:
         said = [f"{item} is new" for item in new if item not in old]
         said += [f"{item} is gone" for item in old if item not in new]
         return f"{key}: {_some(said) if said else 'in another order'}"
-    return f"{key} was {_show(key, old)}, is {_show(key, new)}"
+    was, now = ("were", "are") if key == "bins" else ("was", "is")
+    return f"{key} {was} {_show(key, old)}, {now} {_show(key, new)}"
 
 
 def _show(key: str, value: Any) -> str:

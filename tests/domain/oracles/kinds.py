@@ -97,8 +97,10 @@ class CategoricalOracle(Oracle):
         for entry in answer.values:
             likelihood = (weights[entry.value] + strength * prior[entry.value]) / (total + strength)
             close(f"{name}.{entry.value}.weight", entry.weight, weights[entry.value], tiny)
-            close(f"{name}.{entry.value}.likelihood", entry.likelihood, likelihood)
-            close(f"{name}.{entry.value}.lift", entry.lift, likelihood / prior[entry.value])
+            # What a tiny weight may be off by, as a share of all.
+            share = tiny / (total + strength)
+            close(f"{name}.{entry.value}.likelihood", entry.likelihood, likelihood, share)
+            close(f"{name}.{entry.value}.lift", entry.lift, likelihood / prior[entry.value], share / prior[entry.value])
             assert entry.likelihood <= previous, f"{name}: the likeliest come first"
             previous = entry.likelihood
 
