@@ -261,12 +261,8 @@ def test_status_shows_the_shards_and_the_totals(service: ServeProcess) -> None:
     assert facts["syncMode"] == "always"
     shown = run("status", "--address", service.grpc_address)
     assert shown.returncode == 0
-    for part in ("marketplace", "in memory", "serving", *(shard["address"] for shard in facts["shards"])):
+    for part in ("marketplace", "serving", *(shard["address"] for shard in facts["shards"])):
         assert part in shown.stdout
-
-
-def test_serve_says_that_nothing_outlasts_a_stop(service: ServeProcess) -> None:
-    assert "nothing is kept across a restart" in service.output
 
 
 def test_a_column_mapping_may_come_from_a_file(service: ServeProcess, tmp_path: Path) -> None:
