@@ -25,7 +25,8 @@ tail.
 Opening reads the last segment and decides about its tail by the table in `storage.segment`: a torn tail is zeroed;
 damage is a DataLoss. Then what no later record knows to be synced is written once more and synced, before anything of
 it is served: after the death of a process alone it may be in the page cache only, and after a failed sync the cache may
-call clean what the disk never got.
+call clean what the disk never got. So are the zeros behind it, unless the log was closed: the opening before this one
+may have cut a tail and failed to sync that, and what it cut would stand behind later records after a crash.
 """
 
 from __future__ import annotations
@@ -307,6 +308,7 @@ class WriteAheadLog:
         offset = SEGMENT_HEADER_BYTES
         durable = segment.first  # segments before the last one are synced
         self._marked_position = segment.first
+        closed = False  # the last record is a mark: all is on the disk
         while (found := judge(view, segment.first, offset, self._seed, last=True)).found is Found.RECORD:
             header = found.header
             assert header is not None
@@ -316,7 +318,8 @@ class WriteAheadLog:
                 position = segment.first + offset - SEGMENT_HEADER_BYTES
                 raise data_loss(segment.path, offset, position, "the segment that should follow a gap is missing")
             self._marked_position = max(self._marked_position, header.durable)
-            if header.type == RECORD_MARK and self._marked_position == header.position:
+            closed = header.type == RECORD_MARK and self._marked_position == header.position
+            if closed:
                 self._marked_position = header.position + header.size_bytes
         self._position = segment.first + offset - SEGMENT_HEADER_BYTES
         if found.found is Found.DAMAGED:
@@ -324,12 +327,11 @@ class WriteAheadLog:
         segment.file = self._fs.open(segment.path, writable=True)
         if found.found is Found.TORN:
             self._torn_bytes = last_nonzero(view, offset, len(view)) + 1 - offset
-            for start in range(offset, len(view), _STEP_BYTES):
-                end = min(start + _STEP_BYTES, len(view))
-                if not is_zero(view, start, end):
-                    segment.file.write(start, [_ZEROS[: end - start]])
         for start in range(segment.offset(durable), offset, _STEP_BYTES):
             segment.file.write(start, [bytes(view[start : min(start + _STEP_BYTES, offset)])])
+        if found.found is Found.TORN or not closed:
+            for start in range(offset, len(view), _STEP_BYTES):
+                segment.file.write(start, [_ZEROS[: min(_STEP_BYTES, len(view) - start)]])
         segment.file.sync()
         self._writing = segment
         self._written_position = self._durable_position = self._position
