@@ -78,6 +78,8 @@ def _set_environment() -> None:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # A driver started by `uv run` would have every worker started by it, too.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # Ray would have actors yield to everything else on the machine, a producer beside them first.
+        "RAY_worker_niceness": "0",
         # Any free port, so that two services can run side by side.
         "AUTOSCALER_METRIC_PORT": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
