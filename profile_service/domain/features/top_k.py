@@ -189,8 +189,8 @@ class TopKFeature(Feature):
         weights: NDArray[Any] = source.f4[:, old.counters : old.counters + old.k]
         errors: NDArray[Any] = source.f4[:, old.counters + old.k : old.counters + 2 * old.k]
         if self.k < old.k:
-            # Free counters last, the heaviest first, equals as they stood.
-            order = np.lexsort((-weights, ids == 0), axis=1)[:, : self.k]
+            # The heaviest first, equals as they stood: so free counters stay last, which are as light as any.
+            order = np.argsort(-weights, axis=1, kind="stable")[:, : self.k]
             ids = np.take_along_axis(ids, order, axis=1)
             weights = np.take_along_axis(weights, order, axis=1)
             errors = np.take_along_axis(errors, order, axis=1)
