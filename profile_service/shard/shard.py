@@ -67,6 +67,9 @@ EXPIRY_ROWS = 1 << 16
 FULL_RETRY_S = 2.0
 """When a caller may try again on a full disk."""
 
+FULL_PROBE_BYTES = 1 << 20
+"""A disk that was full has room again when what it refused fits, or so much where that was more."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -173,6 +176,8 @@ class Shard:
         self._closed = False
         self._expiry_row = 0
         self._health = health
+        self._lacking_bytes = 0
+        """What the disk had no room for, when it is full: less may fit, and is taken."""
         snapshotter.on_ready(self._wake.set)
 
     async def submit(
@@ -261,7 +266,7 @@ class Shard:
                 await self._wake.wait()
         except TimeoutError:
             if self._health.state == FULL:
-                await self._make_room(0, 1)
+                await self._make_room(self._lacking_bytes, 1)
             else:
                 await self._forget_idle()
 
@@ -332,8 +337,9 @@ class Shard:
             if self._health.state != FULL:
                 logger.error("shard %d takes no writes: %s", self.shard_id, error)
             self._health.full(f"shard {self.shard_id} takes no writes until its disk has room: {error}")
+            self._lacking_bytes = min(size_bytes, FULL_PROBE_BYTES)
             return False
-        if self._health.state == FULL:
+        if self._health.state == FULL and size_bytes >= self._lacking_bytes:
             logger.info("shard %d takes writes again", self.shard_id)
             self._health.serving()
         return True
