@@ -152,6 +152,8 @@ class Service:
                 f"{path} is in use by {Holder.describe(held.holder)}; "
                 "stop that service, or give another directory with --data-dir"
             ) from None
+        except DiskFull:
+            raise StartupError(f"the disk of {path} has no room; make some, or give another directory") from None
         except OSError as error:
             raise StartupError(
                 f"{path} cannot be written to ({error.strerror}); "
@@ -259,6 +261,8 @@ def _check_schema(directory: DataDirectory, schema: Schema, settings: Settings) 
 
 
 def _remember_schema(directory: DataDirectory, schema: Schema) -> None:
+    if directory.schema_text() == schema.text:
+        return
     try:
         directory.write_schema(schema.text)
     except DiskFull as error:

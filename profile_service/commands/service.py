@@ -42,7 +42,7 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._asked.is_set():
-            os.write(2, b"stopped at once: what was not yet acknowledged is not kept\\n")
+            os.write(2, b"stopped at once: what was not yet acknowledged is not kept\n")
             os._exit(128 + number)
         self._asked.set()
 
