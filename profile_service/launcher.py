@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 DEFAULT_SCHEMA = "marketplace"
 STALL_TIMEOUT_S = 120.0
 """A start in which nothing has moved for so long is given up."""
+
+MOST_DEATHS = 3
+"""A shard that has died so often while it recovered would do so again."""
 
 LEFTOVER_TIMEOUT_S = 30.0
 """How long the processes of a service that was killed may take to end."""
@@ -203,6 +207,7 @@ class Service:
         ready = self._frontend.wait_until_ready.remote()
         asked = self._coordinator.standings.remote()
         seen: Mapping[int, Standing] = {}
+        deaths: Counter[int] = Counter()
         moved_at = time.monotonic()
         while not stopped():
             time.sleep(POLL_S)
@@ -210,12 +215,15 @@ class Service:
             if asked in done:
                 standings: Mapping[int, Standing] = ray.get(asked)
                 asked = self._coordinator.standings.remote()
+                deaths.update(
+                    shard_id
+                    for shard_id, standing in standings.items()
+                    if standing.state == "away" and shard_id in seen and seen[shard_id].state == "recovering"
+                )
+                _check_standings(standings, deaths)
                 if standings != seen:
                     seen, moved_at = standings, time.monotonic()
                     progress(describe_start(standings))
-                for shard_id, standing in standings.items():
-                    if standing.state == "failed":
-                        raise StartupError(f"shard {shard_id} cannot start: {standing.message}")
             if ready in done and seen and all(standing.reads for standing in seen.values()):
                 self.grpc_address, self.http_address = ray.get(ready)
                 return True
@@ -233,6 +241,18 @@ class Service:
             ray.get(answer, timeout=timeout_s)
         except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
             logger.warning("%s could not be drained: %s", who, error)
+
+
+def _check_standings(standings: Mapping[int, Standing], deaths: Mapping[int, int]) -> None:
+    """Raises StartupError where a shard will not come to serve. `deaths` says how often each has died."""
+    for shard_id, standing in standings.items():
+        if standing.state == "failed":
+            raise StartupError(f"shard {shard_id} cannot start: {standing.message}")
+        if deaths.get(shard_id, 0) >= MOST_DEATHS:
+            raise StartupError(
+                f"shard {shard_id} has died {deaths[shard_id]} times while it recovered, the last time with: "
+                f"{standing.message}; is there enough memory for it?"
+            )
 
 
 def describe_start(standings: Mapping[int, Standing]) -> str:

@@ -12,7 +12,7 @@ from profile_service.cluster.coordinator import Standing
 from profile_service.cluster.embedded_ray import EmbeddedRay
 from profile_service.config import Settings, Storage
 from profile_service.errors import DataLoss, SchemaChangeRefused, StartupError
-from profile_service.launcher import Service, describe_start
+from profile_service.launcher import MOST_DEATHS, Service, _check_standings, describe_start
 from profile_service.storage.data_directory import LOCK, MANIFEST, DataDirectory, Manifest
 from profile_service.storage.fs import RealFileSystem
 
@@ -165,6 +165,15 @@ def test_processes_of_a_killed_service_are_waited_for_and_so_are_its_ports(data_
         Service.start(before, hear)
     ending.join()
     assert "which had shard 1, to end" in told[0]
+
+
+def test_a_shard_that_cannot_recover_or_dies_again_and_again_ends_the_start() -> None:
+    well = {0: Standing("serving"), 1: Standing("recovering", 0.5)}
+    _check_standings(well, {1: MOST_DEATHS - 1})
+    with pytest.raises(StartupError, match="shard 1 cannot start: its log is damaged"):
+        _check_standings({**well, 1: Standing("failed", message="its log is damaged")}, {})
+    with pytest.raises(StartupError, match="shard 1 has died 3 times while it recovered, the last time with: killed"):
+        _check_standings({**well, 1: Standing("away", message="killed")}, {1: MOST_DEATHS})
 
 
 def test_the_terminal_shows_how_far_the_shards_are() -> None:
