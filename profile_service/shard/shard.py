@@ -15,6 +15,7 @@ a replay does not decide again. The state is a function of the log alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -57,9 +58,9 @@ from userprofile.internal.v1 import shard_pb2
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""
 
-IDLE_INTERVAL_S = 1.0
-"""How often a shard without work looks for what time alone brings: profiles to forget, a snapshot that is due, room on
-a disk that was full."""
+LOOK_INTERVAL_S = 1.0
+"""How often a shard looks for what time alone brings: profiles to forget, a snapshot that is due, room on a disk that
+was full."""
 
 EXPIRY_ROWS = 1 << 16
 """Rows looked at for the TTL at a time."""
@@ -176,6 +177,7 @@ class Shard:
         self._closed = False
         self._expiry_row = 0
         self._health = health
+        self._look_at_s = 0.0
         self._lacking_bytes = 0
         """What the disk had no room for, when it is full: less may fit, and is taken."""
         snapshotter.on_ready(self._wake.set)
@@ -228,6 +230,7 @@ class Shard:
                     await self._commit(group)
                 # Between two groups the state is that of the log's end: the moment for a block of a snapshot.
                 more = await self._snapshotter.step()
+                await self._look_around()
                 if not self._queue and not self._closed and not more:
                     await self._idle()
                 elif more:
@@ -259,16 +262,22 @@ class Shard:
         return await published
 
     async def _idle(self) -> None:
-        """Waits for work; where none comes, does what time alone brings."""
+        """Waits for work, at most until it is time to look around."""
         self._wake.clear()
-        try:
-            async with asyncio.timeout(IDLE_INTERVAL_S):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._look_at_s):
                 await self._wake.wait()
-        except TimeoutError:
-            if self._health.state == FULL:
-                await self._make_room(self._lacking_bytes, 1)
-            else:
-                await self._forget_idle()
+
+    async def _look_around(self) -> None:
+        """Does what time alone brings, however much work there is; but not each time."""
+        now_s = asyncio.get_running_loop().time()
+        if now_s < self._look_at_s or self._closed:
+            return
+        self._look_at_s = now_s + LOOK_INTERVAL_S
+        if self._health.state == FULL:
+            await self._make_room(self._lacking_bytes, 1)
+        else:
+            await self._forget_idle()
 
     async def _commit(self, group: list[_Submission]) -> None:
         try:

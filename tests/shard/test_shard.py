@@ -236,7 +236,7 @@ async def test_an_unknown_feature_is_named() -> None:
 
 
 async def test_a_user_not_heard_of_for_the_ttl_is_forgotten_by_way_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profile_service.shard.shard.IDLE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("profile_service.shard.shard.LOOK_INTERVAL_S", 0.01)
     fs, clock = CrashingFileSystem(), Clock()
     async with running(fs, clock=clock) as shard:
         await shard.submit([part(["u1", "u2"])], 100, 7)
@@ -296,7 +296,7 @@ async def test_a_snapshot_is_where_a_restart_begins() -> None:
 
 
 async def test_a_full_disk_refuses_writes_serves_reads_and_takes_writes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("profile_service.shard.shard.IDLE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("profile_service.shard.shard.LOOK_INTERVAL_S", 0.01)
     fs, health = CrashingFileSystem(), Health()
     async with running(fs, health=health) as shard:
         await shard.submit([part(["u1"], producer="p", sequence=1)], 100, 7)

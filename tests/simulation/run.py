@@ -187,7 +187,7 @@ class _Simulation:
             mock.patch.object(WriteAheadLog, "open", watched_open),
             mock.patch.object(WriteAheadLog, "append", watched),
             mock.patch.object(shard_module, "SLICE_EVENTS", random.choice((2, 7, 2048))),
-            mock.patch.object(shard_module, "IDLE_INTERVAL_S", 0.02),
+            mock.patch.object(shard_module, "LOOK_INTERVAL_S", 0.02),
             mock.patch.object(shard_module, "EXPIRY_ROWS", random.choice((3, 1 << 16))),
             mock.patch.object(state_blocks, "SPACE_BYTES", 1 << 17),
             mock.patch.object(state_blocks, "ROWS_A_STEP", random.choice((1, 2, 5, 1024))),
