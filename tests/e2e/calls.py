@@ -52,6 +52,8 @@ class Failure:
     """Description by field."""
     domain: str
     http_code: int = 0
+    retry_after_s: float | None = None
+    """When the service asks to be tried again; None where it does not say, or over HTTP."""
 
 
 class GrpcCaller:
@@ -207,7 +209,7 @@ def failure_of(error: grpc.RpcError) -> Failure:
     assert isinstance(error, grpc.Call), error
     status = rpc_status.from_call(error)
     violations: dict[str, str] = {}
-    domain = ""
+    domain, retry_after_s = "", None
     for detail in status.details if status is not None else []:
         if detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             bad_request = error_details_pb2.BadRequest()
@@ -217,7 +219,11 @@ def failure_of(error: grpc.RpcError) -> Failure:
             info = error_details_pb2.ErrorInfo()
             detail.Unpack(info)
             domain = info.domain
-    return Failure(error.code().name, error.details() or "", violations, domain)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+    return Failure(error.code().name, error.details() or "", violations, domain, retry_after_s=retry_after_s)
 
 
 def _as_is(message: bytes) -> bytes:

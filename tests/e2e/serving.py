@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -48,13 +49,13 @@ def _environment() -> dict[str, str]:
 class ServeProcess:
     """`profile-service serve` on free ports, ready to be used; ended at the end of a `with`, tree and all.
 
-    `output` is what it has printed so far, both streams together.
+    `output` is what it has printed so far, both streams together. `prefix` is a command that runs the service's.
     """
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, prefix: Sequence[str] = ()) -> None:
         arguments = ("-m", "profile_service", "serve", "--grpc-port", "0", "--http-port", "0", *flags)
         self._process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [*prefix, sys.executable, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

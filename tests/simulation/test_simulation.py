@@ -13,7 +13,7 @@ import pytest
 from tests.simulation.campaign import Summary, explain, run_many, tell
 from tests.simulation.run import CRASH_PLACES, run
 
-RUNS = 250
+RUNS = 200
 MANY = 5_000
 """With so many runs every single place of a crash must have been reached."""
 
