@@ -55,7 +55,7 @@ def create_shards(schema: Schema, settings: Settings, manifest: Manifest) -> dic
             ShardActor,
             f"shard-{shard_id}",
             shard_id,
-            schema,
+            schema.text,
             settings,
             # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
             0,

@@ -35,7 +35,7 @@ PATIENCE_S = 10.0
 """How long a call without a deadline looks for its owners."""
 
 FIRST_RETRY_S = 0.02
-LAST_RETRY_S = 0.5
+LAST_RETRY_S = 0.1
 CONTROL_TIMEOUT_S = 2.0
 FIRST_TOPOLOGY_TIMEOUT_S = 15.0
 """A coordinator that starts looks for its shards first."""

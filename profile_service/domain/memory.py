@@ -6,14 +6,12 @@ machine's memory.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-_MADV_POPULATE_WRITE = 23  # of Linux 5.14
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by the standard library from Python 3.13 on
 
 
@@ -29,27 +27,10 @@ def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:
     return np.frombuffer(region, dtype=dtype, count=count)
 
 
-def populate(part: NDArray[Any]) -> None:
-    """Brings the pages that lie wholly within `part`, a contiguous piece of what `reserve` returned, into memory: what
-    another thread may do ahead of one that fills it. Does nothing on kernels that cannot.
-    """
-    region, start, end = _pages(part)
-    if end > start:
-        with contextlib.suppress(OSError):
-            region.madvise(_MADV_POPULATE_WRITE, start, end - start)
-
-
 def release(part: NDArray[Any]) -> None:
     """Gives the pages back to the machine that lie wholly within `part`, a contiguous piece of what `reserve` returned;
     they hold zeros when they are touched again.
     """
-    region, start, end = _pages(part)
-    if end > start:
-        region.madvise(mmap.MADV_DONTNEED, start, end - start)
-
-
-def _pages(part: NDArray[Any]) -> tuple[mmap.mmap, int, int]:
-    """The mapping that holds the array, and the bytes of it from the first to the last whole page of the array."""
     assert part.flags.c_contiguous
     whole: Any = part
     while isinstance(whole.base, np.ndarray):
@@ -58,4 +39,5 @@ def _pages(part: NDArray[Any]) -> tuple[mmap.mmap, int, int]:
     assert isinstance(region, mmap.mmap)
     start = -(-(part.ctypes.data - whole.ctypes.data) // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (part.ctypes.data - whole.ctypes.data + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    return region, start, max(start, end)
+    if end > start:
+        region.madvise(mmap.MADV_DONTNEED, start, end - start)

@@ -12,6 +12,7 @@ Nothing here waits, reads a clock or draws a random number: the same events in t
 from __future__ import annotations
 
 import copy
+import mmap
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -55,14 +56,21 @@ class ProfileTable:
     (0, b'')
     """
 
-    def __init__(self, schema: Schema, *, most_users: int = MOST_USERS, most_texts: int = MOST_TEXTS) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        most_users: int = MOST_USERS,
+        most_texts: int = MOST_TEXTS,
+        space: mmap.mmap | None = None,
+    ) -> None:
         self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
         self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES, reuse_by_length=True)
         self._marks: NDArray[np.uint8] | None = None
         """By number of a text that was there when a copy began: whether a row may refer to it. None while nothing is
         copied."""
         layout = Layout.compile(schema)
-        self._bind(schema, layout, reserve_rows(most_users, layout), PopulationRow(schema))
+        self._bind(schema, layout, reserve_rows(most_users, layout, space), PopulationRow(schema))
 
     def _bind(self, schema: Schema, layout: Layout, rows: NDArray[np.uint8], population: PopulationRow) -> None:
         self.schema = schema
@@ -348,9 +356,12 @@ def _mark_slots(marks: NDArray[np.uint8], u4: NDArray[np.uint32], first: int, co
                 marks[number] = 1
 
 
-def reserve_rows(most_users: int, layout: Layout) -> NDArray[np.uint8]:
-    """(most_users, row_bytes) bytes in reserved address space."""
-    rows: NDArray[np.uint8] = reserve(most_users * layout.row_bytes, np.uint8)
+def reserve_rows(most_users: int, layout: Layout, space: mmap.mmap | None = None) -> NDArray[np.uint8]:
+    """(most_users, row_bytes) bytes in reserved address space: in `space`, where it is large enough."""
+    size = most_users * layout.row_bytes
+    rows: NDArray[np.uint8] = (
+        np.frombuffer(space, np.uint8, size) if space is not None and len(space) >= size else reserve(size, np.uint8)
+    )
     return rows.reshape(most_users, layout.row_bytes)
 
 

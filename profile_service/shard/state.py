@@ -16,6 +16,7 @@ A user in two blocks was removed and came again between the two copies: the late
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -43,6 +44,7 @@ class ShardState:
         capacity: bounds of what makes events count once.
         most_users: rows that the table can have.
         most_texts: different texts that the rows can refer to.
+        space: memory for the rows, where there is some already.
     """
 
     def __init__(
@@ -53,10 +55,11 @@ class ShardState:
         capacity: Capacity,
         most_users: int = MOST_USERS,
         most_texts: int = MOST_TEXTS,
+        space: mmap.mmap | None = None,
     ) -> None:
         assert partitions & (partitions - 1) == 0
         self.schema = schema
-        self.table = ProfileTable(schema, most_users=most_users, most_texts=most_texts)
+        self.table = ProfileTable(schema, most_users=most_users, most_texts=most_texts, space=space)
         self.producers = ProducerSequences(partitions, int(capacity.producer_window_s * NS))
         self.event_ids = EventIdWindow(capacity.event_ids_per_shard, int(capacity.event_id_window_s * NS))
         self.event_count = 0

@@ -36,13 +36,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from profile_service.domain.memory import populate
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss
@@ -55,9 +53,6 @@ SCHEMA, LAYOUT, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXT
 
 SPACE_BYTES = 1 << 19
 """What a step copies at most, unless a single row is larger: a few tenths of a millisecond of copying."""
-
-_POPULATED_BYTES = 1 << 22
-"""Memory that is brought in at a time ahead of what fills it."""
 
 _PREFIX = struct.Struct("<IIQ")
 _COUNTERS = struct.Struct("<4q")
@@ -242,14 +237,6 @@ def load_state(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState
         DataLoss: the blocks are not those of a snapshot, or not all of them.
         SchemaError: this version cannot read the snapshot's schema.
     """
-    helper = ThreadPoolExecutor(1, "load")
-    try:
-        return _load(blocks, new_state, helper)
-    finally:
-        helper.shutdown(cancel_futures=True)
-
-
-def _load(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState], helper: ThreadPoolExecutor) -> ShardState:
     loading: _Loading | None = None
     salvaged = False
     for block in blocks:
@@ -257,7 +244,7 @@ def _load(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState], he
             salvaged = True
         elif block.kind == SCHEMA:
             schema = parse_schema(bytes(block.payload).decode(), "the snapshot's schema")
-            loading = _Loading(new_state(schema), helper, salvaged=salvaged)
+            loading = _Loading(new_state(schema), salvaged=salvaged)
         elif loading is None:
             raise DataLoss("the snapshot does not begin with its schema: its rows cannot be read")
         else:
@@ -271,9 +258,8 @@ def _load(blocks: Iterable[Block], new_state: Callable[[Schema], ShardState], he
 
 
 class _Loading:
-    def __init__(self, state: ShardState, helper: Executor, *, salvaged: bool) -> None:
+    def __init__(self, state: ShardState, *, salvaged: bool) -> None:
         self._state = state
-        self._helper = helper
         self._salvaged = salvaged
         self._rows = 0
         self._texts = 0
@@ -327,10 +313,6 @@ class _Loading:
         state.event_count, state.duplicate_count, users, texts = _COUNTERS.unpack(payload)
         state.table.users.make_room(min(users, state.table.users.capacity), 0)
         state.table.texts.make_room(min(texts, state.table.texts.capacity), 0)
-        # A fresh page costs more than what is copied into it: they come beside the copying.
-        rows = state.table.rows[: min(users, len(state.table.rows))].reshape(-1)
-        for first in range(0, len(rows), _POPULATED_BYTES):
-            self._helper.submit(populate, rows[first : first + _POPULATED_BYTES])
 
     def _take_population(self, payload: memoryview) -> None:
         self._state.table.population.load(payload)

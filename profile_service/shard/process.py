@@ -1,0 +1,190 @@
+"""One shard's process, but for Ray (`actor.py`): recovers the shard from its directory and serves it.
+
+    start ─▶ recovering ─▶ serving ◀─▶ full          the process exits when the commit loop ends with an error
+                  └──────▶ failed                    and stays when it cannot recover: somebody has to look
+
+It serves from the first moment on: whoever asks while the shard recovers hears how far it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from profile_service.clock import system_clock
+from profile_service.config import Settings
+from profile_service.domain.schema import Schema, parse_schema
+from profile_service.errors import ProfileServiceError
+from profile_service.shard.absent import AbsentShard
+from profile_service.shard.health import Health
+from profile_service.shard.preload import Preload
+from profile_service.shard.recovery import recover
+from profile_service.shard.service import ShardServer
+from profile_service.shard.shard import Shard
+from profile_service.shard.snapshotter import Snapshotter
+from profile_service.shard.startup import Startup
+from profile_service.shard.state import ShardState
+from profile_service.shard.warm import warm_kernels
+from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem, Runner
+from profile_service.storage.wal import LogOptions
+
+FAILED_EXIT_STATUS = 70
+"""EX_SOFTWARE: the commit loop has failed."""
+
+RETRY_S = 0.5
+"""How soon a recovery is tried again that another process or a full disk keeps from beginning."""
+
+logger = logging.getLogger(__name__)
+
+
+class ShardProcess:
+    """A shard from the start of its process on.
+
+    Args:
+        schema: the schema file's text.
+        epoch, owned: the partitions that it owns at `epoch`, until `update_topology` says more.
+        identity: of the shard's directory.
+        preload: what was begun before this module was loaded.
+    """
+
+    def __init__(
+        self,
+        shard_id: int,
+        schema: str,
+        settings: Settings,
+        epoch: int,
+        owned: Sequence[int],
+        identity: bytes,
+        directory: Path,
+        preload: Preload,
+    ) -> None:
+        self._startup = Startup()
+        self._startup.done("code")
+        self._shard_id = shard_id
+        self._schema = parse_schema(schema)
+        self._settings = settings
+        self._identity = identity
+        self._directory = directory
+        self._preload = preload
+        self.health = Health()
+        self._absent = AbsentShard(shard_id, epoch, owned, settings.storage.sync, self.health)
+        self.shard: Shard | AbsentShard = self._absent
+        """The shard, or what stands in for it until it has recovered."""
+        self._writer: asyncio.Task[None] | None = None
+        self._draining = False
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._server = ShardServer(self._absent, settings, self.health)
+
+    async def start(self) -> str:
+        """Begins to serve and to recover; returns host:port."""
+        address = await self._server.start()
+        self._recovery = asyncio.create_task(self._recover())
+        return address
+
+    async def drain(self, grace_s: float) -> None:
+        """Answers everything accepted, then serves no more."""
+        self._draining = True
+        self._recovery.cancel()
+        if isinstance(self.shard, Shard) and self._writer is not None:
+            await self.shard.close()
+            await self._writer
+        await self._server.stop(grace_s)
+
+    async def _recover(self) -> None:
+        """Brings the shard back from its directory and begins to serve it."""
+        try:
+            # Loading the compiled kernels takes half a second, which the first batch shall not wait for.
+            warm = asyncio.create_task(asyncio.to_thread(self._warm))
+            shard = await self._recovered_shard()
+            await warm
+        except Exception as error:  # Whatever it is: who asks hears of it, and what is stored stays.
+            logger.critical("shard %d cannot recover", self._shard_id, exc_info=error)
+            expected = isinstance(error, ProfileServiceError)
+            self.health.failed(str(error) if expected else f"{type(error).__name__}: {error}")
+            return
+        shard.update_topology(self._absent.epoch, self._absent.owned)
+        self.shard = shard
+        self._writer = asyncio.create_task(shard.run())
+        self._writer.add_done_callback(self._writer_ended)
+        self.health.serving()
+        self._server.serve(shard)
+        self._startup.done("serving")
+        logger.info("serving after %s", self._startup)
+
+    def _warm(self) -> None:
+        warm_kernels(self._schema)
+        self._startup.done("kernels")
+
+    def _new_state(self, schema: Schema) -> ShardState:
+        partitions = 1 << self._settings.fixed.partition_bits
+        space = self._preload.space()
+        return ShardState(schema, partitions=partitions, capacity=self._settings.capacity, space=space)
+
+    async def _recovered_shard(self) -> Shard:
+        storage, capacity = self._settings.storage, self._settings.capacity
+        partition_bits = self._settings.fixed.partition_bits
+        while True:
+            try:
+                recovered = await recover(
+                    RealFileSystem(),
+                    self._directory,
+                    self._schema,
+                    identity=self._identity,
+                    holder=f"shard {self._shard_id}, process {os.getpid()} on {socket.gethostname()}",
+                    reset_features=storage.reset_features,
+                    partition_bits=partition_bits,
+                    capacity=capacity,
+                    new_state=self._new_state,
+                    options=LogOptions(storage.segment_bytes, storage.sync, storage.sync_interval_s),
+                    run=self._runner("log"),
+                    run_snapshots=self._runner("snapshots"),
+                    progress=self.health.recovering,
+                    done=self._startup.done,
+                )
+                break
+            except (LockHeld, DiskFull) as error:
+                # The process before this one still ends, or there is no room to begin: both pass.
+                logger.warning("shard %d waits: %s", self._shard_id, error)
+                self.health.recovering(0.0, f"waits: {error}")
+                await asyncio.sleep(RETRY_S)
+        self._lock = recovered.lock
+        return Shard(
+            self._shard_id,
+            partition_bits=partition_bits,
+            owned=self._absent.owned,
+            epoch=self._absent.epoch,
+            state=recovered.state,
+            log=recovered.log,
+            snapshotter=Snapshotter(
+                recovered.snapshots,
+                recovered.state,
+                recovered.log,
+                clock=system_clock,
+                last=recovered.snapshot,
+                log_bytes=storage.snapshot_log_bytes,
+                interval_s=storage.snapshot_interval_s,
+            ),
+            capacity=capacity,
+            clock=system_clock,
+            health=self.health,
+        )
+
+    def _runner(self, name: str) -> Runner:
+        """Runs blocking work, one piece after the other, in a thread of its own."""
+        if name not in self._threads:
+            self._threads[name] = ThreadPoolExecutor(1, thread_name_prefix=name)
+        return functools.partial(asyncio.get_running_loop().run_in_executor, self._threads[name])
+
+    def _writer_ended(self, writer: asyncio.Task[None]) -> None:
+        if self._draining:
+            return
+        error = None if writer.cancelled() else writer.exception()
+        logger.critical("shard %d: the commit loop ended; the process exits", self._shard_id, exc_info=error)
+        logging.shutdown()
+        os._exit(FAILED_EXIT_STATUS)

@@ -1,0 +1,47 @@
+"""What is brought in before the code is loaded is used, and nothing depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from profile_service.config import Capacity
+from profile_service.domain.schema import load_schema
+from profile_service.shard.files import LOG_DIRECTORY, SNAPSHOT_DIRECTORY
+from profile_service.shard.preload import Preload
+from profile_service.shard.state import ShardState
+
+
+def test_the_rows_lie_in_what_was_brought_in(tmp_path: Path) -> None:
+    for name in (SNAPSHOT_DIRECTORY, LOG_DIRECTORY):
+        (tmp_path / name).mkdir()
+    (tmp_path / SNAPSHOT_DIRECTORY / "0000000001.snapshot").write_bytes(bytes(100_000))
+    (tmp_path / LOG_DIRECTORY / "00000000000000000000.log").write_bytes(bytes(100))
+    preload = Preload(tmp_path)
+    space = preload.space()
+    assert space is not None
+    assert bytes(space[:100_000]) == bytes(100_000)
+    state = ShardState(load_schema("marketplace"), partitions=4, capacity=Capacity(), space=space)
+    state.table.rows[0, 0] = 7
+    assert space[0] == 7
+    assert preload.space() is None, "it is one state's alone"
+
+
+def test_a_table_that_needs_more_takes_memory_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / SNAPSHOT_DIRECTORY).mkdir()
+    (tmp_path / SNAPSHOT_DIRECTORY / "0000000001.snapshot").write_bytes(bytes(10))
+    space = Preload(tmp_path).space()
+    assert space is not None
+    most_users = len(space) // 512
+    state = ShardState(
+        load_schema("marketplace"), partitions=4, capacity=Capacity(), most_users=most_users, space=space
+    )
+    assert state.table.rows.shape[0] == most_users
+    state.table.rows[0] = np.uint8(7)
+    assert space[0] == 0
+
+
+def test_without_a_snapshot_nothing_is_brought_in(tmp_path: Path) -> None:
+    assert Preload(tmp_path).space() is None
+    assert Preload(tmp_path / "not there").space() is None

@@ -1,0 +1,31 @@
+"""A start's phases, as they are told."""
+
+from __future__ import annotations
+
+import re
+import time
+
+from profile_service.shard.startup import Phase, Startup, process_age_s
+
+
+def test_a_process_knows_its_age() -> None:
+    before = process_age_s()
+    time.sleep(0.05)
+    assert 0.03 < process_age_s() - before < 5
+    assert 0 < before < 24 * 3600
+
+
+def test_phases_that_overlap_add_up_to_the_whole() -> None:
+    startup = Startup()
+    phases: tuple[Phase, ...] = ("code", "snapshot", "kernels", "log", "serving")
+    for phase in phases:
+        startup.done(phase)
+        time.sleep(0.02)
+    said = str(startup)
+    match = re.fullmatch(r"([\d.]+) s: (.*)", said)
+    assert match is not None
+    whole, parts = match.groups()
+    found = dict(part.split() for part in parts.split(", "))
+    assert list(found) == ["code", "kernels", "snapshot", "log", "serving"]
+    assert found["snapshot"] == "0.00", "it was done before the kernels, and nobody waited for it"
+    assert abs(sum(map(float, found.values())) - float(whole)) < 0.06
