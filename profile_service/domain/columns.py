@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,31 +36,6 @@ class EventColumns:
     """(text attributes, events); XXH64 (seed 0) of the value's bytes."""
     number: NDArray[np.float64]
     """(number attributes, events); NaN where the attribute is absent."""
-
-    @classmethod
-    def join(cls, parts: Sequence[EventColumns]) -> EventColumns:
-        """The events of all parts, one part behind the other, in a buffer of their own."""
-        bases = np.cumsum([0, *(len(part.buffer) for part in parts[:-1])])
-
-        def joined(name: str) -> NDArray[Any]:
-            return np.concatenate([getattr(part, name)[..., : part.count] for part in parts], axis=-1)
-
-        def moved(name: str) -> NDArray[np.int64]:
-            pairs = zip(parts, bases.tolist(), strict=True)
-            return np.concatenate([getattr(part, name)[..., : part.count] + base for part, base in pairs], axis=-1)
-
-        buffer = np.concatenate([part.buffer for part in parts])
-        # As the buffers of received bytes are: kernels are compiled for those.
-        buffer.flags.writeable = False
-        names = ("user_length", "user_hash", "type_index", "time_ns", "event_id_hash")
-        wide = ("text_length", "text_hash", "number")
-        return cls(
-            count=sum(part.count for part in parts),
-            buffer=buffer,
-            user_offset=moved("user_offset"),
-            text_offset=moved("text_offset"),
-            **{name: joined(name) for name in (*names, *wide)},
-        )
 
     def select(self, chosen: NDArray[np.int64]) -> EventColumns:
         """The events at the positions `chosen`, in that order; the buffer is shared."""

@@ -19,10 +19,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from profile_service.config import Capacity
@@ -42,12 +43,16 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.fs import FileSystem, Lock
 from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
 from profile_service.storage.wal import LogOptions, Record, Runner, WriteAheadLog
-from profile_service.wire.decode import decode_events
+from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
 
 LOG_DIRECTORY = "log"
 SNAPSHOT_DIRECTORY = "snapshots"
 LOCK_FILE = "LOCK"
+
+RUN_BYTES = 2 << 20
+"""Records of events are decoded and applied together up to this size, as one may hold a single event: some milliseconds
+of work."""
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +204,7 @@ class _Recovery:
         for record in log.records(0):
             if record.type == RECORD_SCHEMA:
                 return parse_schema(decode_schema(record.payload).yaml)
-            raise _unreadable(self._directory, record, "a log begins with its schema")
+            raise _unreadable(self._directory, [record], "a log begins with its schema")
         return None
 
     def _load(self, log: WriteAheadLog) -> tuple[ShardState, SnapshotInfo] | None:
@@ -241,12 +246,13 @@ class _Recovery:
     def _replay(self, state: ShardState, log: WriteAheadLog, start: int) -> None:
         todo = max(1, log.position - start)
         plan = _plan(state.schema)
-        for record in log.records(start):
-            self.records += 1
+        for run in _runs(log.records(start)):
+            record = run[0]
+            self.records += len(run)
             self._progress((record.position - start) / todo, "replaying the log")
             try:
                 if record.type == RECORD_EVENTS:
-                    self._replay_events(state, plan, record)
+                    self._replay_events(state, plan, run)
                 elif record.type == RECORD_FORGET:
                     state.forget(decode_forget(record.payload), record.position)
                 elif record.type == RECORD_SCHEMA:
@@ -259,27 +265,62 @@ class _Recovery:
                         "which this version does not know: start the version that wrote it, or a later one"
                     )
             except (DecodeError, ValueError) as error:
-                raise _unreadable(self._directory, record, str(error)) from error
+                raise _unreadable(self._directory, run, str(error)) from error
             except DataLoss:
                 raise
             except ProfileServiceError as error:
-                raise _unreadable(self._directory, record, error.message) from error
+                raise _unreadable(self._directory, run, error.message) from error
 
-    def _replay_events(self, state: ShardState, plan: WirePlan, record: Record) -> None:
-        part = decode_part(record.payload)
-        columns = decode_events(part.events, plan, part.arrival_time_ns)
-        state.note(part.producer_id, part.sequence, part.acknowledged_sequence, columns, part.arrival_time_ns)
-        state.replay(columns, record.position, part.arrival_time_ns)
+    def _replay_events(self, state: ShardState, plan: WirePlan, run: list[Record]) -> None:
+        parts = [decode_part(record.payload) for record in run]
+        counts = [part.event_count for part in parts]
+        arrivals_ns = [part.arrival_time_ns for part in parts]
+        columns = decode_batches([part.events for part in parts], counts, plan, arrivals_ns)
+        start = 0
+        for part, count in zip(parts, counts, strict=True):
+            these = slice(start, start + count)
+            state.note(
+                part.producer_id,
+                part.sequence,
+                part.acknowledged_sequence,
+                columns.user_hash[these],
+                columns.event_id_hash[these],
+                part.arrival_time_ns,
+            )
+            start += count
+        state.replay(
+            columns, np.repeat([record.position for record in run], counts), np.repeat(np.array(arrivals_ns), counts)
+        )
         self.events += columns.count
+
+
+def _runs(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Neighbouring records of events together, up to some size; every other record by itself."""
+    run: list[Record] = []
+    size_bytes = 0
+    for record in records:
+        if run and (record.type != RECORD_EVENTS or size_bytes >= RUN_BYTES):
+            yield run
+            run, size_bytes = [], 0
+        if record.type == RECORD_EVENTS:
+            run.append(record)
+            size_bytes += len(record.payload)
+        else:
+            yield [record]
+    if run:
+        yield run
 
 
 _ADVICE = "`profile-service inspect DATA_DIR` shows what is there, and with --salvage keeps what is readable"
 
 
-def _unreadable(directory: Path, record: Record, reason: str) -> DataLoss:
+def _unreadable(directory: Path, run: Sequence[Record], reason: str) -> DataLoss:
+    which = f"the record at position {run[0].position}"
+    if len(run) > 1:
+        which = f"one of the records from position {run[0].position} to {run[-1].position}"
     return DataLoss(
-        f"{directory}: the record at position {record.position} is whole and cannot be read ({reason}): it was written "
-        f"by another version, or before its checksum was made; {_ADVICE}"
+        f"{directory}: {which} is whole and cannot be read ({reason}): it was written by another version, or damaged "
+        f"before its checksum was made; {_ADVICE}"
     )
 
 

@@ -133,28 +133,27 @@ class ShardState:
         producer_id: str,
         sequence: int,
         acknowledged_sequence: int,
-        columns: EventColumns,
+        user_hashes: NDArray[np.uint64],
+        event_id_hashes: NDArray[np.uint64],
         now_ns: int,
     ) -> None:
         """Learns from a replayed record which events were counted; nothing is left out."""
-        count = columns.count
         if producer_id:
-            partitions = (columns.user_hash[:count] >> self._partition_shift).astype(np.int64)
+            partitions = (user_hashes >> self._partition_shift).astype(np.int64)
             self.producers.note(producer_id, sequence, acknowledged_sequence, partitions, now_ns)
-        keys = columns.event_id_hash[:count]
-        if keys.any():
-            self.event_ids.note(keys, now_ns)
+        if event_id_hashes.any():
+            self.event_ids.note(event_id_hashes, now_ns)
 
-    def replay(self, columns: EventColumns, position: int, received_ns: int) -> None:
-        """Counts all events of the record at `position` where they are not counted yet; they can be read after
-        `finish_replay`. The columns must not be filled again before.
+    def replay(self, columns: EventColumns, positions: NDArray[np.int64], received_ns: NDArray[np.int64]) -> None:
+        """Counts events, each with its record's position and its time of arrival, where they are not counted yet; they
+        can be read after `finish_replay`. The columns must not be filled again before.
 
         Raises:
             ResourceExhausted: the table has no room for all users, or texts, of the log.
         """
         if self._replay is None:
             self._replay = ReplayRuns(self._apply_run)
-        self._replay.add(columns, position, received_ns)
+        self._replay.add(columns, positions, received_ns)
         self.event_count += columns.count
 
     def _apply_run(

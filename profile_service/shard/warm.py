@@ -51,8 +51,8 @@ def warm_kernels(schema: Schema) -> None:
     state.forget([b"u0"])
     recovered = ShardState.load(blocks, _small_state)
     for position in (0, 1):
-        recovered.note("warm", 3, 0, columns, now_ns)
-        recovered.replay(columns, position, now_ns)
+        recovered.note("warm", 3, 0, columns.user_hash, columns.event_id_hash, now_ns)
+        recovered.replay(columns, np.full(columns.count, position), np.full(columns.count, now_ns))
     recovered.finish_replay()
 
 

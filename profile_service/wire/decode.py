@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,14 +51,46 @@ def decode_events(
     buffer = as_buffer(events)
     count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
     columns = _fitting(columns, plan, buffer, count)
+    return _fill(
+        buffer, plan, np.array([arrival_time_ns]), np.array([count]), limit_slots(limits, arrival_time_ns), columns
+    )
+
+
+def decode_batches(
+    batches: Sequence[bytes], counts: Sequence[int], plan: WirePlan, arrival_times_ns: Sequence[int]
+) -> EventColumns:
+    """Decodes batches as `decode_events` does, each with its number of events and its time of arrival, into one set of
+    columns: what many small ones cost beside their events is paid once.
+
+    Raises InvalidArgument as `decode_events` does, or where the numbers of events do not add up.
+    """
+    buffer = as_buffer(b"".join(batches))
+    count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
+    if count != sum(counts):
+        raise InvalidArgument("events", f"says {sum(counts)}, the bytes hold {count}")
+    columns = _fitting(None, plan, buffer, count)
+    ends = np.cumsum(np.array(counts, np.int64))
+    return _fill(buffer, plan, np.array(arrival_times_ns, np.int64), ends, limit_slots(None, 0), columns)
+
+
+def _fill(
+    buffer: NDArray[np.uint8],
+    plan: WirePlan,
+    arrival_times_ns: NDArray[np.int64],
+    ends: NDArray[np.int64],
+    limits: NDArray[np.int64],
+    columns: EventColumns,
+) -> EventColumns:
     explained = np.empty(STACKS, np.int64)
+    count = columns.count
     decoded = _decode(
         buffer,
         plan.types_table,
         plan.attributes_table,
         plan.names,
-        limit_slots(limits, arrival_time_ns),
-        arrival_time_ns,
+        limits,
+        arrival_times_ns,
+        ends,
         count,
         columns.user_offset,
         columns.user_length,
@@ -71,7 +105,7 @@ def decode_events(
         explained,
     )
     if decoded < count:
-        field, reason = describe(buffer, explained, plan, arrival_time_ns)
+        field, reason = describe(buffer, explained, plan, int(arrival_times_ns[0]))
         raise InvalidArgument(f"events[{decoded}].{field}" if field else f"events[{decoded}]", reason)
     return columns
 
@@ -112,7 +146,8 @@ def _decode(
     attributes: NDArray[np.uint64],
     names: NDArray[np.uint8],
     limits: NDArray[np.int64],
-    arrival_time_ns: int,
+    arrival_times_ns: NDArray[np.int64],
+    ends: NDArray[np.int64],
     count: int,
     user_offset: NDArray[np.int64],
     user_length: NDArray[np.int32],
@@ -127,13 +162,16 @@ def _decode(
     explained: NDArray[np.int64],
 ) -> int:
     """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not
-    valid, which is then explained.
+    valid, which is then explained. The events before `ends[b]` that no earlier batch has are batch b's.
     """
     work = make_work(limits, text_length.shape[0] + number.shape[0])
     text_length[:, :count] = -1
     number[:, :count] = np.nan
     pos = 0
+    batch = 0
     for i in range(count):
+        while i >= ends[batch]:
+            batch += 1
         _, begin, end = next_event(buffer, pos, work)
         after = parse_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i)
         verdict = MALFORMED if after < 0 else check_event(work)
@@ -146,7 +184,7 @@ def _decode(
         user_length[i] = work[USER_LENGTH]
         user_hash[i] = user
         type_index[i] = work[TYPE_INDEX]
-        time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_time_ns
+        time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_times_ns[batch]
         event_id_hash[i] = _event_id_hash(buffer, work[ID_OFFSET], work[ID_LENGTH], user)
         pos = end
     for text in range(text_length.shape[0]):
