@@ -34,7 +34,8 @@ from profile_service.shard import shard as shard_module
 from profile_service.shard import snapshotter as snapshotter_module
 from profile_service.shard.health import SERVING, Health
 from profile_service.shard.log_records import RECORD_EVENTS, RECORD_SCHEMA
-from profile_service.shard.recovery import SNAPSHOT_DIRECTORY, Recovered, recover
+from profile_service.shard.files import SNAPSHOT_DIRECTORY
+from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
@@ -199,7 +200,7 @@ class _Simulation:
             mock.patch.object(state_blocks, "REQUESTS_A_STEP", random.choice((1, 3, 512))),
             mock.patch.object(state_blocks, "EVENT_IDS_A_STEP", random.choice((1, 5, 1 << 14))),
             mock.patch.object(state_blocks, "TEXTS_A_STEP", random.choice((7, 50, 1 << 14))),
-            mock.patch.object(replay, "RUN_EVENTS", random.choice((5, 1 << 14, 1 << 14))),
+            mock.patch.object(replay, "LARGE_RUN", random.choice((5, 1 << 14, 1 << 14))),
             mock.patch.object(snapshotter_module, "RETRY_S", 0.1),
             mock.patch.object(recovery, "parse_schema", parsed),
             mock.patch.object(state_blocks, "parse_schema", parsed),
