@@ -33,7 +33,7 @@ import numpy as np
 from profile_service.config import Capacity
 from profile_service.domain.schema import Schema
 from profile_service.errors import DataLoss, SchemaError, StartupError
-from profile_service.shard.recovery import LOG_DIRECTORY, SNAPSHOT_DIRECTORY
+from profile_service.shard.files import LOG_DIRECTORY, SNAPSHOT_DIRECTORY
 from profile_service.shard.state import ShardState
 from profile_service.storage.fs import FileSystem
 from profile_service.storage.salvage import Damage, SegmentFinding, inspect_log, salvage_log

@@ -1,5 +1,5 @@
-"""What a start does before its code is loaded: brings in memory for the rows of the newest snapshot, and asks the disk
-for what will be read.
+"""What a start does before its code is loaded: brings in memory for the rows of the newest snapshot, and reads the
+files into the page cache.
 
     interpreter, Ray ─▶ our modules, kernels ─────────────▶ snapshot ─▶ log ─▶ serving
                     └─▶ fresh memory, without the          ▲
@@ -11,7 +11,6 @@ fresh pages as a million rows need. So nothing may be imported here that takes l
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import mmap
 import os
@@ -19,6 +18,7 @@ import threading
 from pathlib import Path
 
 from profile_service.shard.files import LOG_DIRECTORY, SNAPSHOT_DIRECTORY
+from profile_service.storage.fs import read_ahead
 
 SPACE_BYTES = 1 << 36
 """Address space for rows; pages come as they are touched."""
@@ -30,55 +30,52 @@ logger = logging.getLogger(__name__)
 
 
 class Preload:
-    """What is brought in for one shard, in a thread of its own. It begins at once.
+    """What is brought in for one shard, in threads of its own. It begins at once.
 
     Nothing is decided by it: what cannot be done ahead is done when it is needed.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
         self._space: mmap.mmap | None = None
-        self._thread = threading.Thread(target=self._run, name="preload", daemon=True)
-        self._thread.start()
+        snapshot = max((directory / SNAPSHOT_DIRECTORY).glob("*.snapshot"), default=None)
+        files = [] if snapshot is None else [snapshot, *sorted((directory / LOG_DIRECTORY).glob("*.log"))]
+        self._threads = [
+            threading.Thread(target=self._take_memory, args=(files[:1],), name="preload memory", daemon=True),
+            threading.Thread(target=self._read, args=(files,), name="preload files", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def space(self) -> mmap.mmap | None:
         """Zeros in whose beginning the rows of the newest snapshot have their pages, once they are there; the first
         time that it is asked for. None where there is no snapshot, or no such memory."""
-        self._thread.join()
+        self._threads[0].join()
         space, self._space = self._space, None
         return space
 
-    def _run(self) -> None:
+    def _take_memory(self, files: list[Path]) -> None:
         try:
-            snapshot = max((self._directory / SNAPSHOT_DIRECTORY).glob("*.snapshot"), default=None)
-            if snapshot is None:
-                return
-            for path in (snapshot, *sorted((self._directory / LOG_DIRECTORY).glob("*.log"))):
-                _ask_for(path)
-            # Rows are nearly all of it.
-            self._space = _zeros(snapshot.stat().st_size)
+            for snapshot in files:
+                # Rows are nearly all of it.
+                self._space = _zeros(snapshot.stat().st_size)
         except OSError as error:
-            logger.warning("nothing is loaded ahead: %s", error)
+            logger.warning("no memory is taken ahead: %s", error)
 
-
-def _ask_for(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)
+    def _read(self, files: list[Path]) -> None:
+        try:
+            for path in files:
+                with path.open("rb", buffering=0) as file:
+                    read_ahead(file.fileno(), path.stat().st_size)
+        except OSError as error:
+            logger.warning("no file is read ahead: %s", error)
 
 
 def _zeros(size_bytes: int) -> mmap.mmap:
     """Address space whose first `size_bytes` have their pages."""
     space = mmap.mmap(-1, SPACE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    descriptor = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with Path("/dev/zero").open("rb", buffering=0) as zeros:
         # As a read: `mmap.madvise` would hold the interpreter's lock meanwhile.
         view = memoryview(space)[: min(size_bytes, SPACE_BYTES)]
         while view:
-            view = view[os.readv(descriptor, [view[:_LARGEST_READ]]) :]
-    finally:
-        os.close(descriptor)
+            view = view[os.readv(zeros.fileno(), [view[:_LARGEST_READ]]) :]
     return space

@@ -29,6 +29,7 @@ from google.protobuf.message import DecodeError
 from profile_service.config import Capacity
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import DataLoss, ProfileServiceError, StartupError
+from profile_service.shard.files import LOCK_FILE, LOG_DIRECTORY, SNAPSHOT_DIRECTORY
 from profile_service.shard.log_records import (
     RECORD_EVENTS,
     RECORD_FORGET,
@@ -45,10 +46,6 @@ from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
 from profile_service.storage.wal import LogOptions, Record, Runner, WriteAheadLog
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
-
-LOG_DIRECTORY = "log"
-SNAPSHOT_DIRECTORY = "snapshots"
-LOCK_FILE = "LOCK"
 
 RUN_BYTES = 2 << 20
 """Records of events are decoded and applied together up to this size, as one may hold a single event: some milliseconds

@@ -181,6 +181,7 @@ class RealFileSystem:
             if not size:
                 return memoryview(b"")
             mapped = mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)
+            read_ahead(descriptor, size)
         finally:
             os.close(descriptor)
         try:
@@ -234,6 +235,22 @@ class RealFileSystem:
         if not found.f_blocks:  # a tmpfs without a limit
             return sys.maxsize
         return found.f_bavail * found.f_frsize
+
+
+def read_ahead(descriptor: int, size: int) -> None:
+    """Brings a file into the page cache: without the interpreter's lock, unlike `mmap.madvise`, and to its end, unlike
+    POSIX_FADV_WILLNEED. Costs next to nothing where it is there already."""
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < size and (count := os.sendfile(null, descriptor, done, size - done)):
+            done += count
+    except OSError as error:
+        # A file system's that cannot.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(null)
 
 
 class _RealFile:
