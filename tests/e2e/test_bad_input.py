@@ -310,7 +310,6 @@ UNIMPLEMENTED = [
                "/v1/profiles/u:rankItems", b"{}"),
     BadRequest("merge", "ProfileService/MergeProfiles", b"", "UNIMPLEMENTED", None, (), "/v1/profiles/u:merge", b"{}"),
     BadRequest("delete", "ProfileService/DeleteProfile", delimited(1, b"u"), "UNIMPLEMENTED"),
-    BadRequest("snapshot", "AdminService/CreateSnapshot", b"", "UNIMPLEMENTED", None, (), "/v1/snapshots", b"{}"),
     BadRequest("move", "AdminService/MovePartitions", b"", "UNIMPLEMENTED", None, (), "/v1/partitions:move", b"{}"),
 ]  # fmt: skip
 
