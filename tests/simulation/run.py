@@ -32,9 +32,9 @@ from profile_service.errors import ProfileServiceError, SchemaChangeRefused
 from profile_service.shard import recovery, replay, state_blocks
 from profile_service.shard import shard as shard_module
 from profile_service.shard import snapshotter as snapshotter_module
+from profile_service.shard.files import SNAPSHOT_DIRECTORY
 from profile_service.shard.health import SERVING, Health
 from profile_service.shard.log_records import RECORD_EVENTS, RECORD_SCHEMA
-from profile_service.shard.files import SNAPSHOT_DIRECTORY
 from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
@@ -138,6 +138,8 @@ class _Simulation:
         self._producers: list[SimulatedProducer] = []
         self._process: _Process | None = None
         self._incarnation = 0
+        self._killed = False
+        """Whether the process before was killed, and its machine went on."""
         self._damaged: set[str] = set()
         """Names of snapshots with a flipped byte."""
 
@@ -319,6 +321,9 @@ class _Simulation:
             self._recovered(process)
             self._check(process)
             process.serve()
+            # What is served is readable, and what is readable is durable.
+            for record in self._history.records:
+                self._ledger.promise(record.events)
             self._unsynced = process if process.mode != "always" else None
             return
         raise Violation("the shard does not start any more")
@@ -370,6 +375,8 @@ class _Simulation:
         if len(names) < 2 or self._damaged.intersection(names[-2:]) or self._random.random() < 0.7:
             return
         file = self._disk.inner.open(directory / names[-1], writable=True)
+        if not file.size:
+            raise Violation(f"{names[-1]} is empty")
         at = self._random.randrange(file.size)
         file.write(at, [bytes([file.read(at, 1)[0] ^ 1 << self._random.randrange(8)])])
         file.sync()
@@ -424,20 +431,31 @@ class _Simulation:
         """The shard serves until what is drawn befalls it."""
         random, process = self._random, self._running()
         fault = random.choices(
-            ("power at an operation", "power at a place", "power", "kill at an operation", "kill", "error", "clean"),
-            (30, 25, 8, 6, 8, 12, 11),
+            (
+                *("power at an operation", "power at a place", "power"),
+                *("kill at an operation", "kill at a place", "kill"),
+                *("error", "clean"),
+            ),
+            (28, 24, 6, 5, 10, 5, 12, 10),
         )[0]
+        longest_s = random.choice((0.02, 0.1, 0.5))
+        if self._killed and random.random() < 0.5:
+            # What the process before has written is perhaps in the page cache only.
+            fault, longest_s = "power", 0.02
+        if random.random() < 0.25:
+            self._disk.inner.capacity_bytes = self._disk.inner._used_bytes
         self.trace(f"lives until: {fault}")
         if fault.endswith("at an operation"):
             self._disk.crash_at(CrashPoint(random.randint(1, 120)), process.crashed)
-        elif fault == "power at a place":
-            place = random.choice((*CRASH_PLACES, *_TEARING))
+        elif fault.endswith("at a place"):
+            place = random.choice((*CRASH_PLACES, *_TEARING) if fault.startswith("power") else _TEARING)
             self._disk.crash_at(CrashPoint(random.randint(1, 3), place), process.crashed)
         elif fault == "error":
             self._disk.inner.fail_once(random.choice(("write", "write", "sync", "create")), random.randint(0, 30))
         disturbing = asyncio.create_task(self._disturb())
-        # Once all is sent there is not much to disturb.
-        longest_s = random.choice((0.05, 0.3, 1.0)) if not all(task.done() for task in sending) else 0.05
+        if all(task.done() for task in sending):
+            # There is not much to disturb any more.
+            longest_s = min(longest_s, 0.05)
         ending = asyncio.ensure_future(process.ended.wait())
         either: list[asyncio.Future[Any]] = [ending, process.task]
         await asyncio.wait(either, timeout=random.random() * longest_s, return_when=asyncio.FIRST_COMPLETED)
@@ -495,6 +513,7 @@ class _Simulation:
     async def _bury(self, process: _Process, *, power: bool) -> None:
         """The process is gone, and with `power` what its machine had not written."""
         self._network.cut()
+        self._killed = not power
         fallen = self._disk.inner
         if power:
             self._disk.inner = fallen.crash()
@@ -502,6 +521,7 @@ class _Simulation:
                 slack_s = 0.1
                 interval_s = self._unsynced.sync_interval_s + slack_s
                 since = self._loop.time() - interval_s if self._unsynced.mode == "interval" else 0.0
+                since = max(since, self._unsynced.served_s)
                 self._lossy_since = min(since, self._lossy_since) if self._lossy_since is not None else since
         else:
             self._disk.inner = fallen.kill()
@@ -625,6 +645,8 @@ class _Process:
         self.task: asyncio.Task[None]
         self.mode = self._random.choice(simulation._modes)
         self.sync_interval_s = 0.05
+        self.served_s = 0.0
+        """When it began to serve; what it held then is durable."""
 
     @property
     def state(self) -> ShardState:
@@ -717,6 +739,7 @@ class _Process:
     def serve(self) -> None:
         """From now on it can be reached."""
         simulation = self._simulation
+        self.served_s = self._loop.time()
         assert self.shard is not None
         self.health.serving()
         self.task = self._loop.create_task(self.shard.run(), name="commit loop", context=self._context)

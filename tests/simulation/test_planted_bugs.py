@@ -24,7 +24,7 @@ from profile_service.storage.wal import WriteAheadLog
 from tests.simulation.campaign import run_some
 from tests.simulation.disk import Disk
 
-MOST_RUNS = 300
+MOST_RUNS = 600
 """A bug that so many runs do not find is one that the simulation does not find."""
 
 Plant = Callable[[], Sequence[AbstractContextManager[object]]]
