@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,18 @@ def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed: what a test draws, it draws from a generator seeded with it."""
     drawn: int = request.config.option.seed
     return drawn
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints a line at once, past the capture: for tests that run long when they are told to."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def tell(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(line, flush=True)
+
+    return tell
 
 
 def _seed_line(config: pytest.Config) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -129,7 +129,7 @@ class Victims:
 
 @pytest.mark.timeout(6 * 3600)
 def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
-    request: pytest.FixtureRequest, seed: int, tmp_path: Path
+    request: pytest.FixtureRequest, seed: int, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     asked = request.config.option.kills
     drawn = random.Random(seed)
@@ -162,9 +162,9 @@ def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
             line = f"{number} of {len(kinds)}: {kind}: {done}; {back}"
             print(line)
             if asked is not None:
-                _tell(line)
+                tell(line)
                 if number % CHECK_EVERY == 0:
-                    _tell(f"  so far: {load.pause_and_check()}")
+                    tell(f"  so far: {load.pause_and_check()}")
         load.finish()
         counted = load.check()
         events = sum(shard.event_count for shard in status(victims.address).shards)
@@ -172,7 +172,7 @@ def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
         text = f"{len(kinds)} kills, {counted}\n{times}"
         print(text)
         if asked is not None:
-            _tell(text)
+            tell(text)
         assert counted.events > 0
         assert victims.service.stop() == 0, victims.service.output
         assert "Traceback" not in victims.service.output, victims.service.output
@@ -201,8 +201,3 @@ class _Times:
             f"all serving and acknowledging again: {median_and_worst(self._recoveries[kind])}"
             for kind, pauses in sorted(self._pauses.items())
         )
-
-
-def _tell(line: str) -> None:
-    """Progress, past pytest's capture."""
-    print(line, file=sys.__stderr__, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -97,8 +96,3 @@ def explain(seed: int, fault: str) -> str:
             f"This run alone: pytest tests/simulation/test_simulation.py --runs 1 --first-seed {seed}",
         ]
     )
-
-
-def tell(line: str) -> None:
-    """Progress, past pytest's capture."""
-    print(line, file=sys.__stderr__, flush=True)

@@ -438,7 +438,7 @@ class _Simulation:
             ),
             (28, 24, 6, 5, 10, 5, 12, 10),
         )[0]
-        longest_s = random.choice((0.02, 0.1, 0.5))
+        longest_s = random.choice((0.05, 0.3, 0.8))
         if self._killed and random.random() < 0.5:
             # What the process before has written is perhaps in the page cache only.
             fault, longest_s = "power", 0.02
@@ -446,7 +446,7 @@ class _Simulation:
             self._disk.inner.capacity_bytes = self._disk.inner._used_bytes
         self.trace(f"lives until: {fault}")
         if fault.endswith("at an operation"):
-            self._disk.crash_at(CrashPoint(random.randint(1, 120)), process.crashed)
+            self._disk.crash_at(CrashPoint(random.randint(1, random.choice((10, 50, 120)))), process.crashed)
         elif fault.endswith("at a place"):
             place = random.choice((*CRASH_PLACES, *_TEARING) if fault.startswith("power") else _TEARING)
             self._disk.crash_at(CrashPoint(random.randint(1, 3), place), process.crashed)
@@ -458,7 +458,9 @@ class _Simulation:
             longest_s = min(longest_s, 0.05)
         ending = asyncio.ensure_future(process.ended.wait())
         either: list[asyncio.Future[Any]] = [ending, process.task]
-        await asyncio.wait(either, timeout=random.random() * longest_s, return_when=asyncio.FIRST_COMPLETED)
+        if fault in ("power", "kill", "clean"):
+            longest_s *= random.random()
+        await asyncio.wait(either, timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
         ending.cancel()
         disturbing.cancel()
         self._disk.disarm()

@@ -7,10 +7,11 @@ pytest tests/simulation --runs 10000 [--first-seed N]      so many, spread over 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
-from tests.simulation.campaign import Summary, explain, run_many, tell
+from tests.simulation.campaign import Summary, explain, run_many
 from tests.simulation.run import CRASH_PLACES, run
 
 RUNS = 200
@@ -77,7 +78,7 @@ REACHED_BY_MANY = (
 
 @pytest.mark.timeout(4 * 3600)
 def test_what_was_acknowledged_is_counted_once_whatever_happens_to_disk_and_process(
-    request: pytest.FixtureRequest, seed: int
+    request: pytest.FixtureRequest, seed: int, tell: Callable[[str], None]
 ) -> None:
     asked = request.config.option.runs
     first = request.config.option.first_seed
