@@ -214,18 +214,18 @@ def _refusals(found: ShardFinding) -> list[str]:
     for number, segment in enumerate(found.segments):
         # Between ours and another log's nothing follows anything, but neither opens then.
         following = found.segments[number + 1] if number + 1 < len(found.segments) else None
-        if not segment.opens or any(_is_read(damage, following, replayed_from) for damage in segment.damages):
+        if not segment.opens or any(_is_read(damage, segment, following, replayed_from) for damage in segment.damages):
             refusals.append(f"{segment.path} is damaged")
     return refusals
 
 
-def _is_read(damage: Damage, following: SegmentFinding | None, replayed_from: int) -> bool:
+def _is_read(damage: Damage, segment: SegmentFinding, following: SegmentFinding | None, replayed_from: int) -> bool:
     """Whether a start comes across it: it reads the last segment, and what is to be replayed."""
     if following is None:
         return True
-    if damage.size_bytes and damage.position < following.first:
+    if damage.size_bytes and damage.position < min(segment.end, following.first):
         return damage.position + damage.size_bytes > replayed_from
-    # Between this segment's last record and the next segment.
+    # Nothing is readable from here to the next segment.
     return following.first > replayed_from
 
 
