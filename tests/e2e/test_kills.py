@@ -6,6 +6,7 @@ pytest tests/e2e/test_kills.py --kills 200    so many, with progress, pauses and
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import psutil
 import pytest
 
 from tests.e2e.known_load import (
+    PATIENCE_S,
     KnownLoad,
     median_and_worst,
     processes_named,
@@ -77,13 +79,13 @@ class Victims:
         """Does it."""
         match kind:
             case "shard":
-                return self._kill([self._random.choice(self._shards())])
+                return self._kill([self._random.choice(self._named("ShardActor"))])
             case "all shards":
-                return self._kill(self._shards())
+                return self._kill(self._named("ShardActor"))
             case "frontend":
-                return self._kill(processes_named(self.service, "Frontend"))
+                return self._kill(self._named("Frontend"))
             case "coordinator":
-                return self._kill(processes_named(self.service, "Coordinato"))
+                return self._kill(self._named("Coordinato"))
             case "stop":
                 return self._stop()
             case "service":
@@ -96,24 +98,22 @@ class Victims:
                 return self._start("the command alone")
         raise AssertionError(kind)
 
-    def _shards(self) -> list[int]:
-        return processes_named(self.service, "ShardActor")
+    def _named(self, name: str) -> list[int]:
+        """Processes of that name; waits for one that is on its way back."""
+        give_up_at = time.monotonic() + PATIENCE_S
+        while not (pids := processes_named(self.service, name)):
+            assert time.monotonic() < give_up_at, f"no {name} for {PATIENCE_S:g} s"
+            time.sleep(0.02)
+        return pids
 
     def _kill(self, pids: list[int]) -> str:
         for pid in pids:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         return f"SIGKILL of {pids}"
 
     def _stop(self) -> str:
-        candidates = [
-            *self._shards(),
-            *processes_named(self.service, "Frontend"),
-            *processes_named(self.service, "Coordinato"),
-        ]
-        pid = self._random.choice(candidates)
+        pid = self._random.choice(self._named(self._random.choice(("ShardActor", "Frontend", "Coordinato"))))
         seconds = self._random.uniform(1.0, 4.0)
         process = psutil.Process(pid)
         process.suspend()
@@ -132,6 +132,7 @@ def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
     request: pytest.FixtureRequest, seed: int, tmp_path: Path, tell: Callable[[str], None]
 ) -> None:
     asked = request.config.option.kills
+    say = print if asked is None else tell
     drawn = random.Random(seed)
     if asked is None:
         kinds = list(A_FEW)
@@ -160,19 +161,15 @@ def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
             times.add(kind, pause_s, ended - began)
             back = f"longest pause {pause_s:.2f} s, back in {ended - began:.2f} s"
             line = f"{number} of {len(kinds)}: {kind}: {done}; {back}"
-            print(line)
-            if asked is not None:
-                tell(line)
-                if number % CHECK_EVERY == 0:
-                    tell(f"  so far: {load.pause_and_check()}")
+            say(line)
+            if asked is not None and number % CHECK_EVERY == 0:
+                say(f"  so far: {load.pause_and_check()}")
         load.finish()
         counted = load.check()
         events = sum(shard.event_count for shard in status(victims.address).shards)
         assert events == counted.events, f"the shards have counted {events} events, profiles show {counted.events}"
         text = f"{len(kinds)} kills, {counted}\n{times}"
-        print(text)
-        if asked is not None:
-            tell(text)
+        say(text)
         assert counted.events > 0
         assert victims.service.stop() == 0, victims.service.output
         assert "Traceback" not in victims.service.output, victims.service.output

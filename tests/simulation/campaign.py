@@ -64,7 +64,7 @@ def run_many(first_seed: int, runs: int, *, processes: int, progress: Callable[[
             rate = summary.runs / (now - began)
             progress(
                 f"{summary.runs:,} of {runs:,} runs, {rate:.0f} a second, {(runs - summary.runs) / rate:.0f} s to go, "
-                f"{summary.seen['recoveries']:,} recoveries, {len(summary.faults)} failed"
+                f"{summary.seen['recoveries']:,} recoveries, {len(summary.faults)} failed: {sorted(summary.faults)}"
             )
     summary.seconds = time.monotonic() - began
     return summary
