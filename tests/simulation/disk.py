@@ -35,6 +35,8 @@ class Disk:
         self.crashed_in = ""
         self.full = False
         """Whether an operation has found no room."""
+        self.taken_bytes = 0
+        """Free room that others take between the question for it and its use."""
         self._seen = seen
         self._trace = trace
         self._point: CrashPoint | None = None
@@ -109,7 +111,7 @@ class Disk:
         return self.inner.lock(path, holder)
 
     def free_bytes(self, path: Path) -> int:
-        return self.inner.free_bytes(path)
+        return self.inner.free_bytes(path) + self.taken_bytes
 
 
 class _WatchedFile:

@@ -503,6 +503,7 @@ class _Simulation:
                 case 1 | 2:
                     self._disk.inner.capacity_bytes = self._disk.inner._used_bytes + random.choice((0, 0, 5000, 20_000))
                     self._disk.full = False
+                    self._disk.taken_bytes = random.choice((0, 1 << 20))
                     self.trace("the disk is nearly full")
                 case 3 | 4:
                     self.seen["disk was full"] += self._disk.full
