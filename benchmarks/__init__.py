@@ -1,7 +1,8 @@
 """Benchmarks of the service, run by `profile-service bench NAME`: each prints the machine, the versions and what it
 measured, measures what it compares in one run, and checks the totals afterwards.
 
-    load.py        events of the sample's kind, serialised before anything is timed
+    load.py        events serialised before anything is timed, and the schema that counts them
+    views.py       the events of preferences.yaml: views of cars, four attributes each
     processes.py   the service as users start it, what it costs, and the disk that it writes to
     producing.py   streams of batches: as fast as they go, or at a rate that nothing slows down
     ingest.py      events a second, what each costs, and what durability costs

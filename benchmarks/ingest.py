@@ -1,6 +1,6 @@
 """How many events a second go in, what each costs, and what durability costs.
 
-The load is serialised beforehand: shoppers over car listings, four to six attributes an event, as the demo's sample.
+The load is serialised beforehand.
 Producers send it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement;
 the totals are compared with GetStatus afterwards. A service for each sync mode and, as a floor, a bare grpc.aio echo of
 the same bytes run side by side and are measured in turns, round by round: what slows the machine down meanwhile slows
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks import echo
 from benchmarks.chart import Bar, bars
-from benchmarks.load import Load, build_load
+from benchmarks.load import SCHEMAS, Load, build_load
 from benchmarks.processes import Disk, cpu_seconds, data_directory, describe_machine, serve, started
 from benchmarks.producing import STREAM, check_totals, send
 
@@ -39,6 +39,8 @@ _FIGURES = ("events_per_second", "server_cpu_us_per_event", "load_generator_cpu_
 class Options:
     """What is measured."""
 
+    schema: str
+    """A key of `SCHEMAS`."""
     events: int
     """A round."""
     users: int
@@ -69,12 +71,13 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Measures, and returns everything as one JSON object. `console` hears how far it is."""
     seed = options.seed if options.seed is not None else int(np.random.SeedSequence().generate_state(1)[0]) % 10**6
     with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
-        load = build_load(options.events, options.users, options.batch, seed)
-        warm = build_load(min(options.events, 100_000), options.users, options.batch, seed + 1)
+        load = build_load(options.schema, options.events, options.users, options.batch, seed)
+        warm = build_load(options.schema, min(options.events, 100_000), options.users, options.batch, seed + 1)
     total = warm.events + load.events * options.rounds
     result: dict[str, Any] = {
         "benchmark": "ingest",
         "machine": describe_machine(),
+        "schema": options.schema,
         "events": load.events,
         "users": options.users,
         "bytes_per_event": sum(map(len, load.batches)) / load.events,
@@ -94,9 +97,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                 progress.update(f"starting the service with --sync {mode}")
                 flags = ["--sync", mode, "--data-dir", str(directory / mode)]
                 flags += ["--shards", str(options.shards)] if options.shards else []
-                child = stack.enter_context(started(serve(*flags)))
+                child = stack.enter_context(started(serve(SCHEMAS[options.schema], *flags)))
                 targets[mode] = _Target(child.process, child.address, STREAM)
-        rounds = _take_turns(targets, warm, load, options, console)
+        rounds = _take_turns(targets, warm, seed, options, console)
         counted = {mode: check_totals(targets[mode].address, total).event_count for mode in options.sync}
     _summarise(result, rounds, options.sync)
     result["counted_events"] = counted
@@ -105,7 +108,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 
 def _take_turns(
-    targets: dict[str, _Target], warm: Load, load: Load, options: Options, console: Console
+    targets: dict[str, _Target], warm: Load, seed: int, options: Options, console: Console
 ) -> dict[str, list[dict[str, Any]]]:
     """Rounds by target; in every round each of them has a turn."""
     for target in targets.values():
@@ -113,6 +116,9 @@ def _take_turns(
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
     for number in range(options.rounds):
         rates = []
+        # Events of their own for each round: what was counted once is not counted again.
+        with console.status(f"round {number + 1} of {options.rounds}: serialising"):
+            load = build_load(options.schema, options.events, options.users, options.batch, seed + 2 + number)
         for name, target in targets.items():
             with console.status(f"round {number + 1} of {options.rounds}: {_title(name)}"):
                 rounds[name].append(_measure(target, load, options))

@@ -1,22 +1,33 @@
-"""The load: events of the sample's kind, serialised into batches before anything is timed."""
+"""The load: events serialised into batches before anything is timed, and the schema that counts them.
+
+preferences    views of cars with four attributes, of users by Zipf's law (views.py); what most benchmarks run
+marketplace    the demo's sample: shoppers over real listings, four to six attributes, all kinds of features
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
+from benchmarks.views import draw_views
 from profile_service.config import Limits
 from profile_service.domain.schema import load_schema
 from profile_service.domain.table import ProfileTable
+from profile_service.files.encode import EncodedEvents
 from profile_service.sample import bundled_listings, generate_events, serialize_events
 from profile_service.wire.decode import decode_events
 from profile_service.wire.gather import gather
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
 
-SCHEMA = "marketplace"
+PREFERENCES, MARKETPLACE = "preferences", "marketplace"
+SCHEMAS = {PREFERENCES: str(Path(__file__).with_name("preferences.yaml")), MARKETPLACE: "marketplace"}
+"""What `serve --schema` and `load_schema` take, by the name of the load."""
+
 _KERNEL_BATCHES = 50
 _DRAWN_USERS = 100_000
 """Shoppers that are drawn with tastes where the events are given to others anyway."""
@@ -26,50 +37,65 @@ _DRAWN_USERS = 100_000
 class Load:
     """Bodies of batches: each is a run of `events` fields."""
 
+    schema: str
+    """Whose events they are: a key of `SCHEMAS`."""
     batches: list[bytes]
     events: int
 
     def measure_kernels(self) -> dict[str, float]:
-        """What the kernels alone cost on one core, in µs an event: the median batch, in a table warmed by the batches
+        """What the kernels alone cost, in µs of CPU time an event: the median batch, in a table warmed by the batches
         before."""
-        schema = load_schema(SCHEMA)
+        schema = load_schema(SCHEMAS[self.schema])
         plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         table = ProfileTable(schema)
         now_ns = time.time_ns()
         samples: dict[str, list[float]] = {"scan": [], "gather": [], "decode": [], "apply": []}
         for batch in self.batches[: 2 * _KERNEL_BATCHES]:
-            marks = [time.perf_counter()]
+            marks = [time.thread_time()]
             scanned = scan_batch(batch, plan, Limits(), now_ns)
-            marks.append(time.perf_counter())
+            marks.append(time.thread_time())
             events = gather(scanned.buffer, scanned.offset, scanned.length, np.arange(scanned.count))
-            marks.append(time.perf_counter())
+            marks.append(time.thread_time())
             columns = decode_events(events, plan, now_ns)
-            marks.append(time.perf_counter())
+            marks.append(time.thread_time())
             table.has_room(columns.count, len(events))
             for start in range(0, columns.count, 2048):
                 table.apply(columns, start, min(start + 2048, columns.count), now_ns)
-            marks.append(time.perf_counter())
+            marks.append(time.thread_time())
             for name, before, after in zip(samples, marks, marks[1:], strict=False):
                 samples[name].append((after - before) / max(1, columns.count) * 1e6)
         half = len(samples["scan"]) // 2
         return {name: float(np.median(costs[half:])) for name, costs in samples.items()}
 
 
-def build_load(events: int, users: int, batch: int, seed: int, *, every_user: bool = False) -> Load:
-    """`events` events by `users` shoppers over the bundled listings, `batch` to a batch; the newest is an hour old.
+def build_load(schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool = False) -> Load:
+    """`events` events by `users` users, `batch` to a batch; the newest is an hour old. User `i` is `shopper_id(i)`.
 
-    The same arguments give the same events. With `every_user` each of the shoppers comes once in every `users` events,
+    The same arguments give the same events. With `every_user` each of the users comes once in every `users` events,
     in no order.
     """
-    listings = bundled_listings()
     end_ns = time.time_ns() - 3600 * 10**9
+    if schema == PREFERENCES:
+        encoded = draw_views(events, users, seed, end_ns, every_user=every_user).serialized()
+    else:
+        encoded = _sample(events, users, seed, end_ns, every_user=every_user)
+    return Load(schema, _batches(encoded, batch), events)
+
+
+def _sample(events: int, users: int, seed: int, end_ns: int, *, every_user: bool) -> Iterator[EncodedEvents]:
+    listings = bundled_listings()
     drawn = generate_events(min(users, _DRAWN_USERS) if every_user else users, events, seed, listings)
     if every_user:
         rng = np.random.default_rng(seed)
         turns = [rng.permutation(users) for _ in range(0, events, users)]
         drawn = replace(drawn, shopper=np.concatenate(turns)[:events].astype(np.int32))
+    return serialize_events(drawn, listings, end_ns)
+
+
+def _batches(runs: Iterable[EncodedEvents], batch: int) -> list[bytes]:
+    """The events of all runs, `batch` to each body but the last."""
     bodies, waiting, held = [], b"", 0
-    for encoded in serialize_events(drawn, listings, end_ns):
+    for encoded in runs:
         start = 0
         while start < len(encoded):
             stop = min(start + batch - held, len(encoded))
@@ -81,4 +107,4 @@ def build_load(events: int, users: int, batch: int, seed: int, *, every_user: bo
                 waiting, held = b"", 0
     if held:
         bodies.append(waiting)
-    return Load(bodies, events)
+    return bodies

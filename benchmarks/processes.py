@@ -186,9 +186,9 @@ def started(arguments: list[str]) -> Iterator[Child]:
     child.stop()
 
 
-def serve(*flags: str) -> list[str]:
-    """The command that starts the service on free ports."""
-    return ["profile_service", "serve", "--schema", "marketplace", "--grpc-port", "0", "--http-port", "0", *flags]
+def serve(schema: str, *flags: str) -> list[str]:
+    """The command that starts the service on free ports; `schema` is a file or the name of a shipped one."""
+    return ["profile_service", "serve", "--schema", schema, "--grpc-port", "0", "--http-port", "0", *flags]
 
 
 def _environment() -> dict[str, str]:

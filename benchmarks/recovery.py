@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chart import Stack, stacks
-from benchmarks.load import build_load
+from benchmarks.load import MARKETPLACE, SCHEMAS, build_load
 from benchmarks.processes import BenchmarkError, Child, Disk, data_directory, describe_machine, serve, started
 from benchmarks.producing import STREAM, check_totals, create_snapshot, send, status
 from profile_service.sample.shoppers import shopper_id
@@ -91,14 +91,16 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         result["disk"] = str(Disk.below(directory))
         with (
             console.status("starting") as progress,
-            started(serve("--shards", "1", "--data-dir", str(directory), *_NEVER)) as child,
+            started(serve(SCHEMAS[MARKETPLACE], "--shards", "1", "--data-dir", str(directory), *_NEVER)) as child,
         ):
             address = child.address
             fill(address, options.users, options.history, options.batch, seed, progress.update)
             progress.update("writing a snapshot")
             uvloop.run(create_snapshot(address, _SNAPSHOT_TIMEOUT_S))
             progress.update("logging the events that are to be replayed")
-            load = build_load(options.events, options.users, options.batch, seed + options.history, every_user=True)
+            load = build_load(
+                MARKETPLACE, options.events, options.users, options.batch, seed + options.history, every_user=True
+            )
             uvloop.run(send(address, STREAM, load, producers=1, window=8))
             total = before + options.events
             found = check_totals(address, total, options.users).shards[0]
@@ -136,7 +138,7 @@ def fill(address: str, users: int, history: int, batch: int, seed: int, tell: An
     """Sends `history` events of each of the users."""
     for number in range(history):
         tell(f"making events of {users:,} users, {number + 1} of {history}")
-        load = build_load(users, users, batch, seed + number, every_user=True)
+        load = build_load(MARKETPLACE, users, users, batch, seed + number, every_user=True)
         tell(f"sending events of {users:,} users, {number + 1} of {history}")
         uvloop.run(send(address, STREAM, load, producers=1, window=8))
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chart import Span, curves
-from benchmarks.load import build_load
+from benchmarks.load import MARKETPLACE, SCHEMAS, build_load
 from benchmarks.processes import Disk, cpu_seconds, data_directory, describe_machine, serve, started
 from benchmarks.producing import SteadyProducer, check_totals, create_snapshot
 from benchmarks.recovery import BYTES_PER_EVENT, BYTES_PER_USER, fill, newest_snapshot
@@ -97,13 +97,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         result["disk"] = str(Disk.below(directory))
         with (
             console.status("starting") as progress,
-            started(serve("--shards", "1", "--sync", options.sync, "--data-dir", str(directory), *_NEVER)) as child,
+            started(
+                serve(
+                    SCHEMAS[MARKETPLACE], "--shards", "1", "--sync", options.sync, "--data-dir", str(directory), *_NEVER
+                )
+            ) as child,
         ):
             address = child.address
             fill(address, options.users, options.history, 5_000, seed, progress.update)
             # Whole batches, which are sent again and again.
             events = max(options.users // options.batch, 1) * options.batch
-            load = build_load(events, options.users, options.batch, seed + options.history, every_user=True)
+            load = build_load(
+                MARKETPLACE, events, options.users, options.batch, seed + options.history, every_user=True
+            )
             interval_s = options.batch / options.rate
             producer = SteadyProducer(
                 address,

@@ -22,6 +22,21 @@ Plot = Annotated[Path | None, flag("--plot", "Also draws the figures into this S
 Rounds = Annotated[int, flag("--rounds", "How often everything is measured, in turns.", min=1)]
 
 
+SCHEMAS = ("preferences", "marketplace")
+
+
+def schema_name(text: str) -> str:
+    """The name of a load and of the schema that counts it."""
+    if text not in SCHEMAS:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(SCHEMAS)}")
+    return text
+
+
+BenchSchema = Annotated[
+    str, flag("--schema", "What is counted, and the load of it.", parser=schema_name, metavar="|".join(SCHEMAS))
+]
+
+
 def sync_mode(text: str) -> str:
     """The name of a sync mode, if it is one."""
     if text not in get_args(SyncMode):
@@ -30,6 +45,7 @@ def sync_mode(text: str) -> str:
 
 
 def ingest(
+    schema: BenchSchema = "preferences",
     events: Annotated[int, flag("--events", "Events a round.", min=1)] = 1_000_000,
     users: Annotated[int, flag("--users", "Users whom they are by.", min=1)] = 100_000,
     batch: Annotated[int, flag("--batch", "Events a batch.", min=1)] = 4_000,
@@ -58,6 +74,7 @@ def ingest(
     from benchmarks import ingest as benchmark
 
     options = benchmark.Options(
+        schema=schema,
         events=events,
         users=users,
         batch=batch,
