@@ -18,6 +18,10 @@ SMALLEST_SEGMENT_BYTES = 64 * KIB
 LARGEST_SEGMENT_BYTES = 4 * GIB
 
 
+MOST_MESSAGE_BYTES = 22 * MIB
+"""No limit of a message may be larger: its events and what is noted beside them must fit into one record of the log."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one caller may send or ask for; beyond it the answer is INVALID_ARGUMENT with the field's name."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from profile_service.commands.options import flag
-from profile_service.config import Capacity, Limits, Settings, Storage, SyncMode
+from profile_service.config import MOST_MESSAGE_BYTES, Capacity, Limits, Settings, Storage, SyncMode
 
 if TYPE_CHECKING:
     from profile_service.launcher import Service
@@ -86,9 +86,9 @@ def serve(
     attribute_bytes: Annotated[
         int, flag("--attribute-bytes", "Longest name or value of an attribute.", panel=_LIMITS, min=1)
     ] = LIMITS.attribute_bytes,
-    message_bytes: Annotated[int, flag("--message-bytes", "Largest message.", panel=_LIMITS, min=1024)] = (
-        LIMITS.message_bytes
-    ),
+    message_bytes: Annotated[
+        int, flag("--message-bytes", "Largest message.", panel=_LIMITS, min=1024, max=MOST_MESSAGE_BYTES)
+    ] = LIMITS.message_bytes,
     events_per_batch: Annotated[int, flag("--events-per-batch", "Most events of a batch.", panel=_LIMITS, min=1)] = (
         LIMITS.events_per_batch
     ),
