@@ -47,12 +47,16 @@ $(STAMP): $(UV) pyproject.toml clients/python/pyproject.toml uv.lock
 	touch $@
 
 .PHONY: test-tools
-test-tools: $(STAMP) $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
+test-tools: $(STAMP) bench-tools $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
 
-$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/install_node.sh
-	scripts/install_node.sh
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/install_tools.sh
+	scripts/install_tools.sh node=nodejs npm=npm
 	npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund
 	touch $@
+
+.PHONY: bench-tools
+bench-tools: $(STAMP)
+	scripts/install_tools.sh redis-server=redis-server
 
 KERNELS := $(shell grep -rlE '^@.*(kernel|njit)|^from numba|^import numba' --include='*.py' profile_service)
 
@@ -69,6 +73,10 @@ demo: $(STAMP)  ## Start the service, replay the sample, print a profile, keep s
 .PHONY: bench
 bench: $(VENV)/.kernels-done  ## Run a benchmark: BENCH=ingest ARGS=...
 	$(BIN)/profile-service bench $(BENCH) $(ARGS)
+
+.PHONY: bench-all
+bench-all: bench-tools $(VENV)/.kernels-done  ## Run every benchmark, draw into docs/, and print the table of docs/performance.md
+	$(PYTHON) scripts/bench_all.py $(ARGS)
 
 # --- testing and checking ---
 

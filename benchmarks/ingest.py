@@ -1,38 +1,61 @@
-"""How many events a second go in, what each costs, and what durability costs.
+"""How many events a second go in, what each costs, how soon they are acknowledged, and what durability costs.
 
-The load is serialised beforehand.
-Producers send it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement;
-the totals are compared with GetStatus afterwards. A service for each sync mode and, as a floor, a bare grpc.aio echo of
-the same bytes run side by side and are measured in turns, round by round: what slows the machine down meanwhile slows
-all of them.
+    load generator ──▶ service, sync always     ┐
+                  ├──▶ service, sync never      │  in turns, round by round: what slows the machine down meanwhile
+                  ├──▶ bare grpc.aio echo       │  slows all of them
+    peers, from their own memory                ┘
+    load generator ──▶ service, sync always        afterwards, at a fixed rate: the time of an acknowledgement
+
+The load is serialised beforehand and held by a process of its own, so what sending costs is told apart. Producers send
+it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement. Before anything
+is timed everybody has had the whole load once. The totals are compared with GetStatus afterwards, and what peers know
+of some users with their profiles.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import echo
 from benchmarks.chart import Bar, bars
-from benchmarks.load import SCHEMAS, Load, build_load
-from benchmarks.processes import Disk, cpu_seconds, data_directory, describe_machine, serve, started
-from benchmarks.producing import STREAM, check_totals, send
+from benchmarks.generator import Generator
+from benchmarks.load import PREFERENCES, SCHEMAS
+from benchmarks.peers.consumer import PEERS, Consumer
+from benchmarks.processes import (
+    BenchmarkError,
+    Disk,
+    cpu_seconds,
+    data_directory,
+    describe_machine,
+    serve,
+    started,
+)
+from benchmarks.producing import STREAM, check_totals
+from benchmarks.report import cost
+from profile_service.sample.shoppers import shopper_id
+from userprofile.v1 import profile_service_pb2, profile_service_pb2_grpc
 
 BYTES_PER_EVENT = 400
 """Room that an event takes on disk at most: its record, and its share of segments made ahead."""
+BOUND_EVENTS_PER_SECOND = 1_000_000
+BOUND_CPU_US = 1.0
+BOUND_KERNELS_US = 0.25
+"""Decode and apply, at 100 thousand users."""
 
 _FLOOR = "bare echo"
 _FIGURES = ("events_per_second", "server_cpu_us_per_event", "load_generator_cpu_us_per_event")
+_COMPARED_USERS = 200
 
 
 @dataclass(frozen=True)
@@ -53,107 +76,182 @@ class Options:
     rounds: int
     sync: tuple[str, ...]
     """Sync modes to compare; the figures at the top of the result are the first one's."""
+    share: float
+    """The fixed rate at which acknowledgements are timed, as a share of the measured one."""
+    steady_s: float
+    """How long."""
+    peers: bool
+    """Whether the peers are measured beside it."""
     shards: int | None
     data_dir: Path | None
     seed: int | None
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Something that takes the load."""
+class _Server:
+    """Something that takes the load over the network."""
 
     root: psutil.Process
     address: str
     method: str
 
+    def turn(self, generator: Generator, options: Options) -> dict[str, Any]:
+        """One round: rate, and CPU time an event of each process."""
+        before = cpu_seconds(self.root)
+        sent = generator.send(self.address, self.method, options.producers, options.window)
+        spent = {name: after - before.get(name, 0.0) for name, after in cpu_seconds(self.root).items()}
+        return {
+            "events_per_second": sent.events / sent.seconds,
+            "server_cpu_us_per_event": sum(spent.values()) / sent.events * 1e6,
+            "load_generator_cpu_us_per_event": sent.cpu_s / sent.events * 1e6,
+            "cpu_us_per_event_by_process": {
+                name: used / sent.events * 1e6 for name, used in spent.items() if used / sent.events > 1e-9
+            },
+        }
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """Something that has the load already."""
+
+    consumer: Consumer
+
+    def turn(self, generator: Generator, options: Options) -> dict[str, Any]:
+        """One round: rate, and CPU time an event of consumer and server together."""
+        seconds, cpu_s = self.consumer.consume()
+        return {
+            "events_per_second": options.events / seconds,
+            "server_cpu_us_per_event": cpu_s / options.events * 1e6,
+        }
+
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Measures, and returns everything as one JSON object. `console` hears how far it is."""
     seed = options.seed if options.seed is not None else int(np.random.SeedSequence().generate_state(1)[0]) % 10**6
-    with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
-        load = build_load(options.schema, options.events, options.users, options.batch, seed)
-        warm = build_load(options.schema, min(options.events, 100_000), options.users, options.batch, seed + 1)
-    total = warm.events + load.events * options.rounds
-    result: dict[str, Any] = {
-        "benchmark": "ingest",
-        "machine": describe_machine(),
-        "schema": options.schema,
-        "events": load.events,
-        "users": options.users,
-        "bytes_per_event": sum(map(len, load.batches)) / load.events,
-        "batch": options.batch,
-        "producers": options.producers,
-        "seed": seed,
-        "kernels_us_per_event": load.measure_kernels(),
-    }
+    batch = min(options.batch, options.events)
+    if options.peers and options.schema != PREFERENCES:
+        raise BenchmarkError(f"the peers do the work of --schema {PREFERENCES} only")
+    total = options.events * (options.rounds + 1)
     with ExitStack() as stack:
-        room = total * len(options.sync) * BYTES_PER_EVENT
+        room = total * (len(options.sync) + 1) * BYTES_PER_EVENT
         directory = stack.enter_context(data_directory(options.data_dir, room))
-        result["disk"] = str(Disk.below(directory))
-        with console.status("starting") as progress:
-            child = stack.enter_context(started(["benchmarks.echo"]))
-            targets = {_FLOOR: _Target(child.process, child.address, echo.METHOD)}
-            for mode in options.sync:
-                progress.update(f"starting the service with --sync {mode}")
-                flags = ["--sync", mode, "--data-dir", str(directory / mode)]
-                flags += ["--shards", str(options.shards)] if options.shards else []
-                child = stack.enter_context(started(serve(SCHEMAS[options.schema], *flags)))
-                targets[mode] = _Target(child.process, child.address, STREAM)
-        rounds = _take_turns(targets, warm, seed, options, console)
-        counted = {mode: check_totals(targets[mode].address, total).event_count for mode in options.sync}
-    _summarise(result, rounds, options.sync)
+        generator = stack.enter_context(Generator())
+        with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
+            bytes_per_event = generator.build(options.schema, options.events, options.users, batch, seed)
+        result: dict[str, Any] = {
+            "benchmark": "ingest",
+            "machine": describe_machine(),
+            "disk": str(Disk.below(directory)),
+            "schema": options.schema,
+            "events": options.events,
+            "users": options.users,
+            "bytes_per_event": bytes_per_event,
+            "batch": batch,
+            "producers": options.producers,
+            "window": options.window,
+            "seed": seed,
+        }
+        with console.status("measuring the kernels alone"):
+            result["kernels_us_per_event"] = generator.measure_kernels()
+        servers, consumers = _start(stack, options, directory, console)
+        for number, consumer in enumerate(consumers):
+            with console.status(f"serialising the load of peer {number + 1} of {len(consumers)}"):
+                consumer.build(options.events, options.users, batch, seed)
+        targets: dict[str, _Server | _Peer] = {**servers, **{peer.name: _Peer(peer) for peer in consumers}}
+        rounds = _take_turns(targets, generator, options, console)
+        counted = {mode: check_totals(servers[mode].address, total).event_count for mode in options.sync}
+        first = servers[options.sync[0]]
+        if consumers:
+            result["users_compared"] = _compare(first.address, consumers, options.users, seed)
+        _summarise(result, rounds, options.sync)
+        result["peers"] = {
+            peer.name: {**_medians(rounds[peer.name]), "durability": peer.durability, "rounds": rounds[peer.name]}
+            for peer in consumers
+        }
+        rate = options.share * result["events_per_second"]
+        with console.status(f"{options.steady_s:g} s at {rate:,.0f} events/s"):
+            steady = generator.send_steadily(
+                first.address, rate, options.steady_s, options.producers, options.rounds + 1
+            ).result()
+        check_totals(first.address, total + steady.events)
+        result["acknowledgement"] = {
+            "events_per_second": rate,
+            "seconds": options.steady_s,
+            "batches": len(steady.latency_s),
+            **{f"{name}_ms": value for name, value in steady.quantiles_ms().items()},
+        }
     result["counted_events"] = counted
+    result["costs"] = _costs(result)
     result["verified"] = True
     return result
 
 
+def _start(
+    stack: ExitStack, options: Options, directory: Path, console: Console
+) -> tuple[dict[str, _Server], list[Consumer]]:
+    """The echo, a service for each sync mode, and the peers."""
+    with console.status("starting") as progress:
+        child = stack.enter_context(started(["benchmarks.echo"]))
+        servers = {_FLOOR: _Server(child.process, child.address, echo.METHOD)}
+        for mode in options.sync:
+            progress.update(f"starting the service with --sync {mode}")
+            flags = ["--sync", mode, "--data-dir", str(directory / mode)]
+            flags += ["--shards", str(options.shards)] if options.shards else []
+            child = stack.enter_context(started(serve(SCHEMAS[options.schema], *flags)))
+            servers[mode] = _Server(child.process, child.address, STREAM)
+        progress.update("starting the peers")
+        return servers, [stack.enter_context(Consumer(name)) for name in (PEERS if options.peers else ())]
+
+
 def _take_turns(
-    targets: dict[str, _Target], warm: Load, seed: int, options: Options, console: Console
+    targets: dict[str, _Server | _Peer], generator: Generator, options: Options, console: Console
 ) -> dict[str, list[dict[str, Any]]]:
     """Rounds by target; in every round each of them has a turn."""
-    for target in targets.values():
-        uvloop.run(send(target.address, target.method, warm, options.producers, options.window))
+    for name, target in targets.items():
+        with console.status(f"warming up: {_title(name)}"):
+            target.turn(generator, options)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in targets}
     for number in range(options.rounds):
         rates = []
-        # Events of their own for each round: what was counted once is not counted again.
-        with console.status(f"round {number + 1} of {options.rounds}: serialising"):
-            load = build_load(options.schema, options.events, options.users, options.batch, seed + 2 + number)
+        generator.renew(number + 1)
         for name, target in targets.items():
             with console.status(f"round {number + 1} of {options.rounds}: {_title(name)}"):
-                rounds[name].append(_measure(target, load, options))
+                rounds[name].append(target.turn(generator, options))
             rates.append(f"{_title(name)} {rounds[name][-1]['events_per_second']:,.0f}")
         console.print(f"round {number + 1} of {options.rounds}, events/s: {', '.join(rates)}", highlight=False)
     return rounds
 
 
-def _measure(target: _Target, load: Load, options: Options) -> dict[str, Any]:
-    """One round: rate, and CPU time an event of each process."""
-    cpu_before, own_before = cpu_seconds(target.root), time.process_time()
-    seconds = uvloop.run(send(target.address, target.method, load, options.producers, options.window))
-    own = time.process_time() - own_before
-    spent = {name: after - cpu_before.get(name, 0.0) for name, after in cpu_seconds(target.root).items()}
-    return {
-        "events_per_second": load.events / seconds,
-        "server_cpu_us_per_event": sum(spent.values()) / load.events * 1e6,
-        "load_generator_cpu_us_per_event": own / load.events * 1e6,
-        "cpu_us_per_event_by_process": {
-            name: used / load.events * 1e6 for name, used in spent.items() if used / load.events > 1e-9
-        },
-    }
+def _compare(address: str, consumers: Sequence[Consumer], users: int, seed: int) -> int:
+    """Compares what the peers know of some users, of whatever activity, with what the service says; returns how many
+    they were.
+
+    Raises:
+        BenchmarkError: they differ.
+    """
+    drawn = np.random.default_rng(seed).permutation(users)[:_COMPARED_USERS]
+    request = profile_service_pb2.BatchGetProfilesRequest(user_ids=[shopper_id(user) for user in drawn.tolist()])
+    with grpc.insecure_channel(address) as channel:
+        answer = profile_service_pb2_grpc.ProfileServiceStub(channel).BatchGetProfiles(request, timeout=60)
+    profiles = {profile.user_id: profile for profile in answer.profiles}
+    for consumer in consumers:
+        for user_id, theirs in zip(profiles, consumer.profiles(list(profiles)), strict=True):
+            if (difference := theirs.differs_from(profiles[user_id])) is not None:
+                raise BenchmarkError(f"{consumer.name} and the service differ about {user_id}: {difference}")
+    return len(profiles)
 
 
 def _summarise(result: dict[str, Any], rounds: dict[str, list[dict[str, Any]]], modes: tuple[str, ...]) -> None:
     """Adds the medians over the rounds, and the ratios of what was measured in the same round."""
     floor = rounds[_FLOOR]
-    result["floor_events_per_second"] = _median(floor, "events_per_second")
-    result["floor_server_cpu_us_per_event"] = _median(floor, "server_cpu_us_per_event")
+    result.update({f"floor_{key}": value for key, value in _medians(floor).items()})
     result["sync"] = {}
     for mode in modes:
         middle = sorted(rounds[mode], key=lambda one: float(one["events_per_second"]))[len(rounds[mode]) // 2]
         result["sync"][mode] = {
-            **{key: _median(rounds[mode], key) for key in _FIGURES},
+            **_medians(rounds[mode]),
             "rate_ratio_to_floor": _ratio(rounds[mode], floor, "events_per_second"),
+            "cpu_ratio_to_floor": _ratio(rounds[mode], floor, "server_cpu_us_per_event"),
             "cpu_us_per_event_by_process": middle["cpu_us_per_event_by_process"],
             "rounds": rounds[mode],
         }
@@ -166,16 +264,54 @@ def _summarise(result: dict[str, Any], rounds: dict[str, list[dict[str, Any]]], 
         }
 
 
-def _median(rounds: list[dict[str, Any]], key: str) -> float:
-    return float(statistics.median(one[key] for one in rounds))
+def _medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    return {key: float(statistics.median(one[key] for one in rounds)) for key in _FIGURES if key in rounds[0]}
 
 
 def _ratio(rounds: list[dict[str, Any]], to: list[dict[str, Any]], key: str) -> float:
-    return float(statistics.median(one[key] / other[key] for one, other in zip(rounds, to, strict=True)))
+    # A process that is idle may spend less than the clock of its CPU time can tell.
+    least = 1e-9
+    return float(statistics.median(one[key] / max(other[key], least) for one, other in zip(rounds, to, strict=True)))
+
+
+def _costs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of docs/performance.md."""
+    kernels = result["kernels_us_per_event"]
+    both = kernels["decode"] + kernels["apply"]
+    rate, cpu = result["events_per_second"], result["server_cpu_us_per_event"]
+    least = result["floor_server_cpu_us_per_event"] + sum(kernels.values())
+    first = next(iter(result["sync"]))
+    through = f"ingest through the frontend, sync {first}, {result['users']:,} users"
+    return [
+        cost(
+            f"{through}: rate",
+            bound=f"{BOUND_EVENTS_PER_SECOND:,} events/s",
+            figure=f"{rate:,.0f} events/s",
+            floor=f"bare echo {result['floor_events_per_second']:,.0f} events/s",
+            ratio=result["rate_ratio_to_floor"],
+            held=rate >= BOUND_EVENTS_PER_SECOND,
+        ),
+        cost(
+            f"{through}: CPU of all server processes",
+            bound=f"{BOUND_CPU_US:g} µs an event",
+            figure=f"{cpu:.2f} µs",
+            floor=f"bare echo and kernels {least:.2f} µs",
+            ratio=cpu / least,
+            held=cpu <= BOUND_CPU_US,
+        ),
+        cost(
+            f"decode and apply, {result['users']:,} users",
+            bound=f"{BOUND_KERNELS_US:g} µs an event",
+            figure=f"{both:.2f} µs",
+            floor="–",
+            ratio=None,
+            held=both <= BOUND_KERNELS_US,
+        ),
+    ]
 
 
 def _title(name: str) -> str:
-    return name if name == _FLOOR else f"sync {name}"
+    return f"sync {name}" if name in ("always", "interval", "never") else name
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -185,26 +321,36 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     for column in ("", "events/s", "to the floor", "server CPU, µs an event"):
         table.add_column(column, justify="left" if not column else "right")
-    for mode, found in result["sync"].items():
+    floor = result["floor_events_per_second"]
+    rows = [(f"service, sync {mode}", found) for mode, found in result["sync"].items()]
+    rows.append(
+        (
+            "floor: bare echo",
+            {"events_per_second": floor, "server_cpu_us_per_event": result["floor_server_cpu_us_per_event"]},
+        )
+    )
+    rows += [(f"peer, from memory: {name}", found) for name, found in result["peers"].items()]
+    for name, found in rows:
         table.add_row(
-            f"service, sync {mode}",
+            name,
             f"{found['events_per_second']:,.0f}",
-            f"{found['rate_ratio_to_floor']:.2f}",
+            f"{found.get('rate_ratio_to_floor', found['events_per_second'] / floor):.2f}",
             f"{found['server_cpu_us_per_event']:.2f}",
         )
-    table.add_row(
-        "floor: bare echo",
-        f"{result['floor_events_per_second']:,.0f}",
-        "1.00",
-        f"{result['floor_server_cpu_us_per_event']:.2f}",
-    )
     console.print(table)
+    for name, found in result["peers"].items():
+        console.print(f"{name}: {found['durability']}")
     if "durability" in result:
-        cost = result["durability"]
+        spent = result["durability"]
         console.print(
-            f"durability: {cost['rate_ratio']:.2f} of the rate without it, {cost['server_cpu_ratio']:.2f} of the CPU"
+            f"durability: {spent['rate_ratio']:.2f} of the rate without it, {spent['server_cpu_ratio']:.2f} of the CPU"
         )
     first = next(iter(result["sync"]))
+    steady = result["acknowledgement"]
+    console.print(
+        f"acknowledgement of {result['batch']:,} events at {steady['events_per_second']:,.0f} events/s, sync {first}: "
+        + ", ".join(f"{name} {steady[f'{name}_ms']:.1f} ms" for name in ("p50", "p99", "p99.9", "max"))
+    )
     parts = Table(title=f"CPU time, µs an event, sync {first}")
     parts.add_column("where")
     parts.add_column("µs", justify="right")
@@ -219,8 +365,11 @@ def show(result: dict[str, Any], console: Console) -> None:
 def draw(result: dict[str, Any]) -> str:
     """The rates as a drawing: a bar for the median, a dot for every round."""
     rows = [
-        Bar(f"sync {mode}", found["events_per_second"], [one["events_per_second"] for one in found["rounds"]])
-        for mode, found in result["sync"].items()
+        Bar(name, found["events_per_second"], [one["events_per_second"] for one in found["rounds"]])
+        for name, found in [
+            *((f"sync {mode}", found) for mode, found in result["sync"].items()),
+            *result["peers"].items(),
+        ]
     ]
     rows.append(Bar(_FLOOR, result["floor_events_per_second"], []))
     title = f"Events a second through StreamEvents, {result['machine']['processor']}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.views import draw_views
+from benchmarks.views import draw_views, id_prefix
 from profile_service.config import Limits
 from profile_service.domain.schema import load_schema
 from profile_service.domain.table import ProfileTable
@@ -41,6 +41,26 @@ class Load:
     """Whose events they are: a key of `SCHEMAS`."""
     batches: list[bytes]
     events: int
+    batch_events: int
+    """Events of every batch but the last, which may have fewer."""
+    ids: bytes = b""
+    """What the ids of all events begin with; empty where events have none."""
+
+    @property
+    def whole_batches(self) -> int:
+        """Batches of `batch_events` events."""
+        return self.events // self.batch_events
+
+    def batch(self, number: int, round_number: int) -> bytes:
+        """Batch `number` with ids that no other round has: what was counted once is not counted again."""
+        body = self.batches[number]
+        if not self.ids or not round_number:
+            return body
+        return body.replace(self.ids, id_prefix(int(self.ids, 16) + round_number))
+
+    def renewed(self, round_number: int) -> Load:
+        """The same events with the ids of that round."""
+        return replace(self, batches=[self.batch(number, round_number) for number in range(len(self.batches))])
 
     def measure_kernels(self) -> dict[str, float]:
         """What the kernels alone cost, in µs of CPU time an event: the median batch, in a table warmed by the batches
@@ -76,10 +96,10 @@ def build_load(schema: str, events: int, users: int, batch: int, seed: int, *, e
     """
     end_ns = time.time_ns() - 3600 * 10**9
     if schema == PREFERENCES:
-        encoded = draw_views(events, users, seed, end_ns, every_user=every_user).serialized()
-    else:
-        encoded = _sample(events, users, seed, end_ns, every_user=every_user)
-    return Load(schema, _batches(encoded, batch), events)
+        views = draw_views(events, users, seed, end_ns, every_user=every_user)
+        return Load(schema, _batches(views.serialized(), batch), events, batch, id_prefix(views.id_prefix))
+    encoded = _sample(events, users, seed, end_ns, every_user=every_user)
+    return Load(schema, _batches(encoded, batch), events, batch)
 
 
 def _sample(events: int, users: int, seed: int, end_ns: int, *, every_user: bool) -> Iterator[EncodedEvents]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -82,15 +82,21 @@ class SteadyProducer:
     that waits is left out of the figures ("coordinated omission").
     """
 
-    def __init__(self, address: str, batches: Sequence[bytes], interval_s: float, most_batches: int) -> None:
+    def __init__(
+        self, address: str, load: Load, interval_s: float, most_batches: int, *, first: int = 0, first_round: int = 0
+    ) -> None:
+        """Batch `i` is the load's whole batch `first + i`; after the last of them they begin anew, with the ids of the
+        next round."""
         self._address = address
-        self._batches = batches
+        self._load = load
+        self._first = first + first_round * load.whole_batches
         self._interval_s = interval_s
         self._due_s: NDArray[np.float64] = np.full(most_batches, np.nan)
         self._acknowledged_s: NDArray[np.float64] = np.full(most_batches, np.nan)
         self._sent = 0
         self._answered = 0
         self._stopped = False
+        self._begin: float | None = None
         self._first_answer = asyncio.Event()
 
     @property
@@ -98,15 +104,17 @@ class SteadyProducer:
         """Batches sent so far."""
         return self._sent
 
-    async def run(self) -> None:
-        """Sends until `stop`, then waits for the last acknowledgement."""
+    async def run(self, begin: float | None = None) -> None:
+        """Sends from `begin` (`time.monotonic`; by default at once) until `stop` or the last batch, then waits for the
+        last acknowledgement."""
+        self._begin = begin
         async with grpc.aio.insecure_channel(self._address, options=echo.OPTIONS) as channel:
             await channel.channel_ready()
             stream: Any = channel.stream_stream(STREAM)
             call = stream(self._requests())
             async for message in call:
                 answered = _acknowledged(message, self._answered)
-                self._acknowledged_s[self._answered : answered] = time.perf_counter()
+                self._acknowledged_s[self._answered : answered] = time.monotonic()
                 self._answered = answered
                 self._first_answer.set()
         if self._answered != self._sent:
@@ -120,20 +128,64 @@ class SteadyProducer:
         yield _named()
         # The service says first what it knows of the producer; the clock starts after that.
         await self._first_answer.wait()
-        begun = time.perf_counter()
+        begun = time.monotonic() if self._begin is None else self._begin
         while not self._stopped and self._sent < len(self._due_s):
+            round_number, number = divmod(self._first + self._sent, self._load.whole_batches)
             due = begun + self._sent * self._interval_s
-            delay = due - time.perf_counter()
+            delay = due - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
             self._due_s[self._sent] = due
             self._sent += 1
-            yield _numbered(self._batches[(self._sent - 1) % len(self._batches)], self._sent)
+            yield _numbered(self._load.batch(number, round_number), self._sent)
 
     def latencies(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """When each batch was due (`time.perf_counter`) and how long after that it was acknowledged, in seconds."""
+        """When each batch was due (`time.monotonic`) and how long after that it was acknowledged, in seconds."""
         due = self._due_s[: self._answered]
         return due, self._acknowledged_s[: self._answered] - due
+
+
+async def flood(address: str, load: Load, seconds: float) -> int:
+    """One stream that sends whatever the transport takes for so long, without waiting for acknowledgements, and then
+    waits for all of them; returns the events sent."""
+    sent = 0
+
+    async def requests() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield _named()
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            sent += 1
+            yield _numbered(load.batch((sent - 1) % load.whole_batches, (sent - 1) // load.whole_batches), sent)
+
+    answered = 0
+    async with grpc.aio.insecure_channel(address, options=echo.OPTIONS) as channel:
+        stream: Any = channel.stream_stream(STREAM)
+        async for message in stream(requests()):
+            answered = _acknowledged(message, answered)
+    if answered != sent:
+        raise BenchmarkError(f"{sent} batches were sent, {answered} were acknowledged")
+    return sent * load.batch_events
+
+
+async def send_steadily(
+    address: str, load: Load, events_per_second: float, seconds: float, producers: int, first_round: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sends batches of a load over so many streams, each at its share of the rate and half a step from the others;
+    returns what `SteadyProducer.latencies` does, of all."""
+    interval_s = load.batch_events * producers / events_per_second
+    count = max(1, round(seconds / interval_s))
+    begin = time.monotonic() + 0.5
+    streams = [
+        SteadyProducer(address, load, interval_s, count, first=number * count, first_round=first_round)
+        for number in range(producers)
+    ]
+    await asyncio.gather(
+        *(stream.run(begin + number * interval_s / producers) for number, stream in enumerate(streams))
+    )
+    due, latency = zip(*(stream.latencies() for stream in streams), strict=True)
+    order = np.argsort(np.concatenate(due), kind="stable")
+    return np.concatenate(due)[order], np.concatenate(latency)[order]
 
 
 async def status(address: str) -> admin_service_pb2.GetStatusResponse:

@@ -33,6 +33,7 @@ from benchmarks.chart import Stack, stacks
 from benchmarks.load import MARKETPLACE, SCHEMAS, build_load
 from benchmarks.processes import BenchmarkError, Child, Disk, data_directory, describe_machine, serve, started
 from benchmarks.producing import STREAM, check_totals, create_snapshot, send, status
+from benchmarks.report import cost
 from profile_service.sample.shoppers import shopper_id
 from userprofile.v1 import profile_pb2, profile_service_pb2, profile_service_pb2_grpc
 
@@ -130,6 +131,17 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     result["slowest_process_to_read_s"] = max(one["process_to_read_s"] for one in rounds)
     result["within_bound"] = result["slowest_process_to_read_s"] <= BOUND_S
     result["rounds"] = rounds
+    result["costs"] = [
+        cost(
+            f"recovery of a shard with {options.users:,} users and {options.events:,} logged events, page cache "
+            f"{result.get('page_cache', 'warm')}: process start to a read",
+            bound=f"{BOUND_S:g} s",
+            figure=f"{result['process_to_read_s']:.2f} s, slowest {result['slowest_process_to_read_s']:.2f} s",
+            floor="–",
+            ratio=None,
+            held=result["within_bound"],
+        )
+    ]
     result["verified"] = True
     return result
 

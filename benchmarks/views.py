@@ -49,8 +49,8 @@ class Views:
     mileage: NDArray[np.float64]
     time_ns: NDArray[np.int64]
     """Since 1970, in whole milliseconds."""
-    first_id: int
-    """Event `i` has the id `first_id + i`, as 24 hexadecimal digits."""
+    id_prefix: int
+    """Event `i` has an id of 24 hexadecimal digits: 14 of this and 10 of `i`."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -68,7 +68,7 @@ class Views:
                     user_id=users.take(self.user[part]),
                     type=_Names(["view"]).take(np.zeros(count, np.int32)),
                     time=Times(seconds, nanos, np.ones(count, np.bool_)),
-                    event_id=_hexadecimal(self.first_id + start, count),
+                    event_id=_ids(self.id_prefix, start, count),
                     texts={"color": colors.take(self.color[part]), "make": makes.take(self.make[part])},
                     numbers={"price": pa.array(self.price[part]), "mileage": pa.array(self.mileage[part])},
                 )
@@ -98,7 +98,8 @@ def draw_views(events: int, users: int, seed: int, end_ns: int, *, every_user: b
         price=price,
         mileage=mileage,
         time_ns=time_ns,
-        first_id=int(rng.integers(1 << 47)) << 40,
+        # With a bit at the top, so that no number looks like it; and room to count up from it.
+        id_prefix=1 << 55 | int(rng.integers(1 << 30)) << 24,
     )
 
 
@@ -117,11 +118,15 @@ class _Names:
         return self._texts.take(pa.array(numbers))
 
 
-def _hexadecimal(first: int, count: int) -> pa.Array:
-    """`count` numbers from `first` on, 24 hexadecimal digits each."""
-    low = (first & (1 << 40) - 1) + np.arange(count, dtype=np.int64)
+def id_prefix(number: int) -> bytes:
+    """The digits that ids begin with."""
+    return f"{number:014x}".encode()
+
+
+def _ids(prefix: int, first: int, count: int) -> pa.Array:
+    low = first + np.arange(count, dtype=np.int64)
     digits = np.empty((count, 24), np.uint8)
-    digits[:, :14] = np.frombuffer(f"{first >> 40:014x}".encode(), np.uint8)
+    digits[:, :14] = np.frombuffer(id_prefix(prefix), np.uint8)
     nibbles = low[:, None] >> np.arange(36, -4, -4) & 15
     digits[:, 14:] = np.frombuffer(b"0123456789abcdef", np.uint8)[nibbles]
     offsets = np.arange(count + 1, dtype=np.int64) * 24

@@ -23,6 +23,10 @@ Rounds = Annotated[int, flag("--rounds", "How often everything is measured, in t
 
 
 SCHEMAS = ("preferences", "marketplace")
+Shards = Annotated[int | None, flag("--shards", "Shards, as for serve.", min=1, max=256)]
+Share = Annotated[
+    float, flag("--share", "The fixed rate, as a share of the highest that was measured before.", min=0.01, max=1.0)
+]
 
 
 def schema_name(text: str) -> str:
@@ -61,13 +65,18 @@ def ingest(
             metavar="|".join(get_args(SyncMode)),
         ),
     ] = ["always", "never"],  # noqa: B006  typer copies it
-    shards: Annotated[int | None, flag("--shards", "Shards, as for serve.", min=1, max=256)] = None,
+    share: Share = 0.7,
+    steady_s: Annotated[float, flag("--steady-s", "Seconds at that rate.", min=0.1)] = 10.0,
+    peers: Annotated[
+        bool, flag("--peers", "Measures Redis with a Python consumer, and Python dicts, beside it on the same work.")
+    ] = False,
+    shards: Shards = None,
     data_dir: DataDir = None,
     seed: Seed = None,
     plot: Plot = None,
     as_json: Json = False,
 ) -> None:
-    """Measures how many events a second go in durably, what each costs, and what durability costs.
+    """Measures how many events a second go in durably, what each costs, and how soon they are acknowledged.
 
     Example:  profile-service bench ingest --sync always --sync never --json
     """
@@ -82,6 +91,9 @@ def ingest(
         window=window,
         rounds=rounds,
         sync=tuple(dict.fromkeys(sync)),
+        share=share,
+        steady_s=steady_s,
+        peers=peers,
         shards=shards,
         data_dir=data_dir,
         seed=seed,
@@ -170,3 +182,8 @@ def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) 
         out.print(f"{name}: {value}")
     out.print(f"disk: {result['disk']}")
     benchmark.show(result, out)
+    if "costs" in result:
+        from benchmarks.report import markdown
+
+        out.print("\nFor docs/performance.md:\n")
+        print(markdown(result["costs"]))
