@@ -48,8 +48,9 @@ class EventColumns:
             type_index=self.type_index[chosen],
             time_ns=self.time_ns[chosen],
             event_id_hash=self.event_id_hash[chosen],
-            text_offset=self.text_offset[:, chosen],
-            text_length=self.text_length[:, chosen],
-            text_hash=self.text_hash[:, chosen],
-            number=self.number[:, chosen],
+            # Not by an index, whose answer would lie in memory the other way round.
+            text_offset=self.text_offset.take(chosen, axis=1),
+            text_length=self.text_length.take(chosen, axis=1),
+            text_hash=self.text_hash.take(chosen, axis=1),
+            number=self.number.take(chosen, axis=1),
         )

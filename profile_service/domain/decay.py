@@ -18,7 +18,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, to_i64
 
 NO_LANDMARK = np.iinfo(np.int64).min
 """The landmark of a feature that has seen nothing."""
@@ -30,19 +30,30 @@ above, and 190 below."""
 NS = 1_000_000_000
 
 
-@leaf_kernel
+@inlined_kernel
 def power_of_two(exponent: int) -> float:
     """2.0 ** exponent; 0.0 below what float64 holds."""
-    if exponent < -1074:
-        return 0.0
-    return math.ldexp(1.0, exponent)
+    if exponent < -1022 or exponent > 1023:
+        return 0.0 if exponent < -1074 else math.ldexp(1.0, exponent)
+    # As the bits of a float64 say it.
+    return np.uint64((exponent + 1023) << 52).view(np.float64)
+
+
+@inlined_kernel
+def steps_from_landmark(i8: NDArray[np.int64], row: int, landmark: int, grid: int) -> int:
+    """By how many half-lives an event at `grid` is younger than the landmark; one that has none takes the event's."""
+    held = to_i64(i8[row, landmark])
+    if held == NO_LANDMARK:
+        i8[row, landmark] = grid
+        return 0
+    return grid - held
 
 
 ROUNDED_BITS = (1 << 29) - 1
 """The bits of a float64's fraction that a float32 has not."""
 
 
-@leaf_kernel
+@inlined_kernel
 def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
     """`total + weight` without the bits of `rounded_bits`, rounded up as often as their share of a unit asks for.
 
@@ -50,6 +61,8 @@ def add_rounded(total: float, weight: float, rounded_bits: int) -> float:
     in ten thousand. Here the error has no direction. What looks like chance is a hash of the sum, so that a replay
     gives the same bits; sums that a float32 can hold exactly stay exact.
     """
+    if rounded_bits == 0:
+        return total + weight
     bits = np.float64(total + weight).view(np.uint64)
     noise = (bits ^ (bits >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
     noise = (noise ^ (noise >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(35)
@@ -62,9 +75,14 @@ def decompose(
     time_ns: NDArray[np.int64], half_life_ns: int, grid: NDArray[np.int64], mantissa: NDArray[np.float64]
 ) -> None:
     """Splits each time into its whole half-lives since 1970 (`grid`) and `2 ** rest` (`mantissa`)."""
+    whole = begin = 0
     for i in range(len(time_ns)):
-        whole = time_ns[i] // half_life_ns
-        rest = time_ns[i] - whole * half_life_ns
+        rest = time_ns[i] - begin
+        # Neighbours in time spare each other the division.
+        if rest < 0 or rest >= half_life_ns:
+            whole = time_ns[i] // half_life_ns
+            begin = whole * half_life_ns
+            rest = time_ns[i] - begin
         grid[i] = whole
         mantissa[i] = np.exp2(rest / half_life_ns)
 

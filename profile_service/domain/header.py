@@ -12,15 +12,22 @@ from profile_service.domain.layout import EVENT_COUNT, FIRST_SEEN, LAST_RECEIVED
 
 @leaf_kernel
 def update_header(
-    i8: NDArray[np.int64], rows: NDArray[np.int64], time_ns: NDArray[np.int64], received_ns: NDArray[np.int64]
+    i8: NDArray[np.int64],
+    first: int,
+    rows: NDArray[np.int64],
+    time_ns: NDArray[np.int64],
+    received_ns: NDArray[np.int64],
 ) -> None:
-    """Counts each event into its row's header."""
+    """Counts each event into its row's header, which begins with the slot `first`; those with a row below 0 are left
+    out."""
     for i in range(len(rows)):
         row = rows[i]
-        i8[row, EVENT_COUNT] += 1
-        i8[row, FIRST_SEEN] = min(i8[row, FIRST_SEEN], time_ns[i])
-        i8[row, LAST_SEEN] = max(i8[row, LAST_SEEN], time_ns[i])
-        i8[row, LAST_RECEIVED] = max(i8[row, LAST_RECEIVED], received_ns[i])
+        if row < 0:
+            continue
+        i8[row, first + EVENT_COUNT] += 1
+        i8[row, first + FIRST_SEEN] = min(i8[row, first + FIRST_SEEN], time_ns[i])
+        i8[row, first + LAST_SEEN] = max(i8[row, first + LAST_SEEN], time_ns[i])
+        i8[row, first + LAST_RECEIVED] = max(i8[row, first + LAST_RECEIVED], received_ns[i])
 
 
 def merge_header(target: NDArray[np.int64], row: int, source: NDArray[np.int64], source_row: int) -> None:

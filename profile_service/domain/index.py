@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -36,10 +37,26 @@ _FULLEST = 0.8
 _AHEAD = 256
 """Keys whose way is looked up ahead: their slots, entries and bytes together stay within a processor's nearest caches.
 """
-_COUNT, _ARENA_END, _GARBAGE = range(3)
+_NEAR_SLOTS = 1 << 12
+"""An index of so many slots is near anyway."""
+_COUNT, _ARENA_END, _GARBAGE, HIGH_WATER = range(4)
+"""Entries of the state. Numbers below `HIGH_WATER` have been in use at some time."""
 _FREE = np.uint64(1 << 63)
 _PLACELESS = MOST_BYTES + 1
 """Where a list by length begins of those that have no place in the arena."""
+
+
+class IndexArrays(NamedTuple):
+    """An index as kernels see it."""
+
+    slots: NDArray[np.uint64]
+    entries: NDArray[np.uint64]
+    arena: NDArray[np.uint8]
+    state: NDArray[np.int64]
+    free: NDArray[np.int64]
+    """The number, plus 1, with which each list of free ones begins."""
+    next_free: NDArray[np.int64]
+    """How it goes on."""
 
 
 @leaf_kernel
@@ -49,6 +66,9 @@ def _is_equal(arena: NDArray[np.uint8], place: int, buffer: NDArray[np.uint8], s
         if load_u64(arena, place + k) != load_u64(buffer, start + k):
             return False
         k += 8
+    if length >= 8:
+        # What is left, together with some of what was equal.
+        return bool(load_u64(arena, place + length - 8) == load_u64(buffer, start + length - 8))
     while k < length:
         if arena[place + k] != buffer[start + k]:
             return False
@@ -121,30 +141,28 @@ def _look_ahead(
 
 
 @leaf_kernel
-def _find_many(
-    slots: NDArray[np.uint64],
-    entries: NDArray[np.uint64],
-    arena: NDArray[np.uint8],
-    state: NDArray[np.int64],
-    free: NDArray[np.int64],
-    next_free: NDArray[np.int64],
+def find_many(
+    index: IndexArrays,
     buffer: NDArray[np.uint8],
     offset: NDArray[np.int64],
     length: NDArray[np.int32],
     key: NDArray[np.uint64],
     insert: bool,
-    first: int,
     numbers: NDArray[np.int64],
 ) -> int:
     """Fills `numbers`; -1 for absent (length below 0, or not found where `insert` is off). Returns how many were new.
 
-    Numbers that were never used before start at `first`; freed ones come first. `free` has the number, plus 1, with
-    which each list of free ones begins; `next_free` how it goes on.
+    There is room for what may be inserted. Freed numbers are given before those that were never used.
     """
+    slots, entries, arena, state = index.slots, index.entries, index.arena, index.state
+    free, next_free = index.free, index.next_free
     new = 0
     for start in range(0, len(key), _AHEAD):
         stop = min(start + _AHEAD, len(key))
-        _look_ahead(slots, entries, arena, length, key, start, stop, numbers)
+        if len(slots) > _NEAR_SLOTS:
+            _look_ahead(slots, entries, arena, length, key, start, stop, numbers)
+        else:
+            numbers[start:stop] = -1
         for i in range(start, stop):
             size = to_i64(length[i])
             if size < 0:
@@ -168,7 +186,7 @@ def _find_many(
                 free[of_its_length] = next_free[number]
                 place = to_i64((entries[number, 1] & ~_FREE) >> np.uint64(_LENGTH_BITS))
             else:
-                if free[any_other] == 0 and first == len(entries):
+                if free[any_other] == 0 and state[HIGH_WATER] == len(entries):
                     # All numbers were in use at some time: one whose place does not fit is better than none.
                     any_other = 0
                     while free[any_other] == 0:
@@ -177,8 +195,8 @@ def _find_many(
                     number = free[any_other] - 1
                     free[any_other] = next_free[number]
                 else:
-                    number = first
-                    first += 1
+                    number = state[HIGH_WATER]
+                    state[HIGH_WATER] = number + 1
                 place = state[_ARENA_END]
                 state[_ARENA_END] = place + size
             copy_bytes(arena, place, buffer, offset[i], size)
@@ -371,12 +389,20 @@ class ByteIndex:
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
         self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
         self._free: NDArray[np.int64] = reserve(_PLACELESS + 1 if reuse_by_length else 1, np.int64)
-        self._state = np.zeros(3, dtype=np.int64)
-        self.high_water = 0
-        """Numbers below this one have been in use at some time."""
+        self._state = np.zeros(4, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._state[_COUNT])
+
+    @property
+    def high_water(self) -> int:
+        """Numbers below this one have been in use at some time."""
+        return int(self._state[HIGH_WATER])
+
+    @property
+    def arrays(self) -> IndexArrays:
+        """For kernels, until `make_room` is called again."""
+        return IndexArrays(self._slots, self._entries, self._arena, self._state, self._free, self._next_free)
 
     @property
     def memory_bytes(self) -> int:
@@ -415,27 +441,7 @@ class ByteIndex:
         A negative length is an absent string, whose number is -1, as is that of one not found when `insert` is off. The
         caller has made room for what may be inserted. Returns how many were new.
         """
-        fresh = self.high_water
-        new = int(
-            _find_many(
-                self._slots,
-                self._entries,
-                self._arena,
-                self._state,
-                self._free,
-                self._next_free,
-                buffer,
-                offset,
-                length,
-                key,
-                insert,
-                fresh,
-                numbers,
-            )
-        )
-        if new:
-            self.high_water = max(fresh, int(numbers.max()) + 1)
-        return new
+        return int(find_many(self.arrays, buffer, offset, length, key, insert, numbers))
 
     def add(self, strings: Iterable[bytes]) -> list[int]:
         """Numbers of the strings, new ones inserted.
@@ -531,7 +537,7 @@ class ByteIndex:
             keys,
             first,
         )
-        self.high_water = first + len(lengths)
+        self._state[HIGH_WATER] = first + len(lengths)
 
     def load(self, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Numbers of strings that stand one behind the other in `buffer`, new ones inserted.

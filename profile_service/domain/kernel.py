@@ -140,5 +140,19 @@ prefetch: Callable[[NDArray[Any], int], None] = _intrinsic(_prefetch)
 wherever the index points."""
 
 
+def _leading_zeros(typingctx: Any, value: Any) -> Any:
+    if value != types.uint64:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctlz(args[0], _ir.IntType(1)(0))
+
+    return types.int64(value), codegen
+
+
+leading_zeros: Callable[[np.uint64], int] = _intrinsic(_leading_zeros)
+"""How many of a u8's upper bits are 0: 64 for 0."""
+
+
 def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
     return _pointer_add(builder, context.make_array(array_type)(context, builder, array).data, offset)

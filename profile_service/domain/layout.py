@@ -13,8 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.features import KINDS
-from profile_service.domain.features.base import VIEW_DTYPES, Feature, FeatureInput, RowViews, SlotAllocator
+from profile_service.domain.decay import ROUNDED_BITS as BITS_OF_32
+from profile_service.domain.features import KIND_NUMBERS, KINDS
+from profile_service.domain.features.base import (
+    ATTRIBUTE,
+    HALF_LIFE,
+    KIND,
+    OPERATION_ENTRIES,
+    OWN,
+    ROUNDED_BITS,
+    VIEW_DTYPES,
+    WEIGHTS,
+    Constants,
+    Feature,
+    FeatureInput,
+    RowViews,
+    SlotAllocator,
+    SlotStarts,
+    Tables,
+)
 from profile_service.domain.schema import FeatureSpec, Schema
 
 EVENT_COUNT, FIRST_SEEN, LAST_SEEN, LAST_RECEIVED = range(4)
@@ -40,6 +57,14 @@ class Layout:
     """By feature: the slots that it owns, as (first, count) by view."""
     template: NDArray[np.uint8]
     """(row_bytes,) a fresh row."""
+    values: tuple[str, ...]
+    """All values that some feature lists, each once."""
+    header: int
+    """The slot of `i8` with which the header begins, in views of whole rows."""
+    operations: NDArray[np.int64]
+    """(features, OPERATION_ENTRIES): what the kernels know of them, for views of whole rows."""
+    tables: Tables
+    """What the operations refer to."""
 
     @classmethod
     def compile(cls, schema: Schema, *, population: bool = False) -> Layout:
@@ -60,8 +85,29 @@ class Layout:
             owned.append({view: (at, slots.used[view] - at) for view, at in first.items() if slots.used[view] > at})
         row_bytes = -(-slots.bytes_used() // 8) * 8
         template = np.zeros(row_bytes, dtype=np.uint8)
+        starts = SlotStarts(0, 0, 0, 0, 0) if population else _starts(slots.used)
+        constants = Constants(list(dict.fromkeys(value for feature in features for value in feature.vocabulary())))
+        operations = np.zeros((len(features), OPERATION_ENTRIES), dtype=np.int64)
+        for operation, spec, feature in zip(operations, schema.features, features, strict=True):
+            operation[KIND] = KIND_NUMBERS[spec.kind]
+            operation[ROUNDED_BITS] = 0 if population else BITS_OF_32
+            operation[WEIGHTS] = constants.add_reals(feature.event_weight)
+            operation[HALF_LIFE] = feature.half_life_index
+            operation[ATTRIBUTE] = feature.attribute
+            own = feature.operation(starts, constants)
+            operation[OWN : OWN + len(own)] = own
         layout = cls(
-            tuple(features), tuple(half_lives), dict(slots.used), row_bytes, tuple(sizes), tuple(owned), template
+            features=tuple(features),
+            half_lives_s=tuple(half_lives),
+            counts=dict(slots.used),
+            row_bytes=row_bytes,
+            feature_bytes=tuple(sizes),
+            slots=tuple(owned),
+            template=template,
+            values=tuple(constants.values),
+            header=starts.i8,
+            operations=operations,
+            tables=constants.tables(),
         )
         views = layout.views_of(template.reshape(1, row_bytes))
         for view, slot, value in slots.initial:
@@ -77,12 +123,24 @@ class Layout:
             start = end
         return RowViews(**views)
 
+    def whole_views_of(self, rows: NDArray[np.uint8]) -> RowViews:
+        """Views of (rows, row_bytes) bytes that show each row whole, as kernels like them: without gaps."""
+        return RowViews(**{name: rows.view(dtype) for name, dtype in VIEW_DTYPES.items()})
+
     def wide_row(self) -> RowViews:
         """One fresh row whose `f4` view has 64 bits: for sums over all users."""
         narrow = self.views_of(self.template.reshape(1, self.row_bytes))
         copies = {name: getattr(narrow, name).copy() for name in VIEW_DTYPES}
         copies["f4"] = copies["f4"].astype(np.float64)
         return RowViews(**copies)
+
+
+def _starts(used: dict[str, int]) -> SlotStarts:
+    starts, end = {}, 0
+    for name, dtype in VIEW_DTYPES.items():
+        starts[name] = end // dtype.itemsize
+        end += used[name] * dtype.itemsize
+    return SlotStarts(**starts)
 
 
 def _bind(schema: Schema, spec: FeatureSpec, half_life_index: int, slots: SlotAllocator) -> Feature:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.features.base import VIEW_DTYPES, Batch, ReadContext, RowViews
+from profile_service.domain.features.base import VIEW_DTYPES, ReadContext, RowViews
 from profile_service.domain.features.categorical import CategoricalFeature
-from profile_service.domain.header import merge_header, update_header
+from profile_service.domain.header import merge_header
 from profile_service.domain.index import ByteIndex
 from profile_service.domain.layout import Layout
 from profile_service.domain.profile import encode_profile
@@ -29,13 +29,6 @@ class PopulationRow:
         self.layout = Layout.compile(schema, population=True)
         self.views = self.layout.wide_row()
         """One row, whose `f4` view has 64 bits."""
-
-    def add(self, batch: Batch) -> None:
-        """Adds every event of the batch, whoever's it is."""
-        whole = Batch(**{**batch.__dict__, "rows": np.zeros(len(batch.rows), dtype=np.int64)})
-        update_header(self.views.i8, whole.rows, whole.time_ns, whole.received_ns)
-        for feature in self.layout.features:
-            feature.update(self.views, whole)
 
     def copy(self) -> bytes:
         """The row's bytes, for `load`."""

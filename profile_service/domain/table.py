@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import copy
 import mmap
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from profile_service.domain.apply import Scratch, apply_events
 from profile_service.domain.columns import EventColumns
-from profile_service.domain.decay import decompose, half_life_to_ns
-from profile_service.domain.features.base import Batch, Feature, ReadContext
-from profile_service.domain.header import merge_header, update_header
+from profile_service.domain.decay import half_life_to_ns
+from profile_service.domain.features.base import ReadContext
+from profile_service.domain.header import merge_header
 from profile_service.domain.index import ByteIndex
 from profile_service.domain.kernel import leaf_kernel
 from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED, Layout
@@ -36,14 +37,8 @@ MOST_TEXTS = 1 << 26
 USER_ID_BYTES = 32
 """Address space set aside for a user's id on average."""
 
-Together = Callable[[Sequence[Callable[[], None]]], None]
-"""Does pieces of work that do not depend on each other, and returns when all are done."""
-
-
-def in_turn(work: Sequence[Callable[[], None]]) -> None:
-    """`Together` for those who want no threads."""
-    for piece in work:
-        piece()
+_NO_STAMPS = np.zeros(0, dtype=np.int64)
+_NO_MARKS = np.zeros(0, dtype=np.uint8)
 
 
 class ProfileTable:
@@ -78,9 +73,26 @@ class ProfileTable:
         self.population = population
         self._rows = rows
         self._views = self.layout.views_of(self._rows)
-        self._half_lives_ns = [half_life_to_ns(seconds) for seconds in self.layout.half_lives_s]
-        self._interned = sorted({f.attribute for f in self.layout.features if f.interns})
-        self._vocabularies = [(f, _vocabulary_index(f)) for f in self.layout.features if f.vocabulary()]
+        values = [value.encode() for value in layout.values]
+        self._values = ByteIndex(len(values), sum(map(len, values)))
+        self._values.add(values)
+        features = layout.features
+        self._interned = sorted({f.attribute for f in features if f.interns})
+        self._constant: tuple[Any, ...] = (
+            layout.template,
+            layout.header,
+            *layout.whole_views_of(rows),
+            layout.operations,
+            *layout.tables,
+            *population.views,
+            population.layout.operations,
+            *population.layout.tables,
+            np.array([half_life_to_ns(seconds) for seconds in layout.half_lives_s], dtype=np.int64),
+            np.array(self._interned, dtype=np.int64),
+            np.array(sorted({f.attribute for f in features if f.vocabulary()}), dtype=np.int64),
+            *Scratch.make(len(layout.half_lives_s), len(schema.text_attributes)),
+        )
+        """What `apply_events` is given each time."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -115,86 +127,51 @@ class ProfileTable:
 
         `received_ns` is when they arrived. The caller has seen `has_room`.
         """
-        received = np.full(stop - start, received_ns, dtype=np.int64)
-        batch = self._resolve(columns, slice(start, stop), received, in_turn)
-        in_turn([*self._updates(batch), lambda: self.population.add(batch)])
+        self._apply(columns, start, stop, np.full(stop - start, received_ns, dtype=np.int64), _NO_STAMPS, _NO_STAMPS)
 
     def replay(
         self,
         columns: EventColumns,
         received_ns: NDArray[np.int64],
-        is_held: Callable[[NDArray[np.int64]], NDArray[np.bool_]] | None,
-        together: Together,
+        positions: NDArray[np.int64],
+        stamps: NDArray[np.int64] | None,
     ) -> None:
-        """As `apply` for all of `columns`; but events of which `is_held` says, by their rows, that the rows hold them
-        already go to the population only.
+        """As `apply` for all of `columns`, each with its own time of arrival; but an event goes to the population only
+        where the stamp of its row, in `stamps`, is above its position: the row holds it already."""
+        self._apply(columns, 0, columns.count, received_ns, _NO_STAMPS if stamps is None else stamps, positions)
 
-        What does not depend on each other is given to `together`: kernels that run without the interpreter's lock.
-        """
-        batch = self._resolve(columns, slice(0, columns.count), received_ns, together)
-        lacking = batch
-        if is_held is not None:
-            held = is_held(batch.rows)
-            if held.any():
-                lacking = _subset(batch, np.flatnonzero(~held))
-        together([lambda: self.population.add(batch), *self._updates(lacking)])
-
-    def _updates(self, batch: Batch) -> list[Callable[[], None]]:
-        """One piece of work a feature, and one for the header: each owns its slots of a row."""
-        views = self._views
-        return [
-            *(partial(feature.update, views, batch) for feature in self.layout.features),
-            lambda: update_header(views.i8, batch.rows, batch.time_ns, batch.received_ns),
-        ]
-
-    def _resolve(self, columns: EventColumns, run: slice, received_ns: NDArray[np.int64], together: Together) -> Batch:
-        count = run.stop - run.start
-        offsets, lengths = columns.text_offset[:, run], columns.text_length[:, run]
-        hashes = columns.text_hash[:, run]
-        batch = Batch(
-            rows=np.empty(count, dtype=np.int64),
-            types=columns.type_index[run],
-            time_ns=columns.time_ns[run],
-            received_ns=received_ns,
-            grids=[],
-            mantissas=[],
-            text_ids=np.zeros(lengths.shape, dtype=np.uint32),
-            text_present=lengths,
-            text_hash=hashes,
-            number=columns.number[:, run],
-            codes={},
+    def _apply(
+        self,
+        columns: EventColumns,
+        start: int,
+        stop: int,
+        received_ns: NDArray[np.int64],
+        stamps: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> None:
+        arguments: tuple[Any, ...] = (
+            *self.users.arrays,
+            *self.texts.arrays,
+            *self._values.arrays,
+            *self._constant,
+            columns.buffer,
+            columns.user_offset,
+            columns.user_length,
+            columns.user_hash,
+            columns.type_index,
+            columns.time_ns,
+            columns.text_offset,
+            columns.text_length,
+            columns.text_hash,
+            columns.number,
+            start,
+            stop,
+            received_ns,
+            stamps,
+            positions,
+            _NO_MARKS if self._marks is None else self._marks,
         )
-
-        def find_rows() -> None:
-            fresh = self.users.high_water
-            extents = (columns.user_offset[run], columns.user_length[run], columns.user_hash[run])
-            self.users.find(columns.buffer, *extents, batch.rows, insert=True)
-            self._rows[fresh : self.users.high_water] = self.layout.template
-
-        def intern_texts() -> None:
-            numbers = np.empty(count, dtype=np.int64)
-            for a in self._interned:
-                self.texts.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=True)
-                batch.text_ids[a] = numbers + 1
-                if self._marks is not None:
-                    _mark(self._marks, batch.text_ids[a])
-
-        def split_times_and_look_up_codes() -> None:
-            for half_life_ns in self._half_lives_ns:
-                grid, mantissa = np.zeros(count, dtype=np.int64), np.ones(count, dtype=np.float64)
-                if half_life_ns:
-                    decompose(batch.time_ns, half_life_ns, grid, mantissa)
-                batch.grids.append(grid)
-                batch.mantissas.append(mantissa)
-            numbers = np.empty(count, dtype=np.int64)
-            for feature, vocabulary in self._vocabularies:
-                a = feature.attribute
-                vocabulary.find(columns.buffer, offsets[a], lengths[a], hashes[a], numbers, insert=False)
-                unlisted = (numbers < 0) & (lengths[a] >= 0)
-                batch.codes[feature.name] = np.where(unlisted, len(vocabulary), numbers).astype(np.int32)
-
-        together([find_rows, intern_texts, split_times_and_look_up_codes])
-        return batch
+        apply_events(*arguments)
 
     def profile(
         self,
@@ -339,15 +316,6 @@ class ProfileTable:
 
 
 @leaf_kernel
-def _mark(marks: NDArray[np.uint8], held: NDArray[np.uint32]) -> None:
-    """Marks the texts of interned ids; those that came later need no mark."""
-    for i in range(len(held)):
-        number = np.int64(held[i]) - 1
-        if 0 <= number < len(marks):
-            marks[number] = 1
-
-
-@leaf_kernel
 def _mark_slots(marks: NDArray[np.uint8], u4: NDArray[np.uint32], first: int, count: int) -> None:
     for row in range(len(u4)):
         for slot in range(first, first + count):
@@ -363,26 +331,3 @@ def reserve_rows(most_users: int, layout: Layout, space: mmap.mmap | None = None
         np.frombuffer(space, np.uint8, size) if space is not None and len(space) >= size else reserve(size, np.uint8)
     )
     return rows.reshape(most_users, layout.row_bytes)
-
-
-def _subset(batch: Batch, chosen: NDArray[np.int64]) -> Batch:
-    return Batch(
-        rows=batch.rows[chosen],
-        types=batch.types[chosen],
-        time_ns=batch.time_ns[chosen],
-        received_ns=batch.received_ns[chosen],
-        grids=[grid[chosen] for grid in batch.grids],
-        mantissas=[mantissa[chosen] for mantissa in batch.mantissas],
-        text_ids=batch.text_ids[:, chosen],
-        text_present=batch.text_present[:, chosen],
-        text_hash=batch.text_hash[:, chosen],
-        number=batch.number[:, chosen],
-        codes={name: codes[chosen] for name, codes in batch.codes.items()},
-    )
-
-
-def _vocabulary_index(feature: Feature) -> ByteIndex:
-    values = [value.encode() for value in feature.vocabulary()]
-    index = ByteIndex(len(values), sum(map(len, values)))
-    index.add(values)
-    return index

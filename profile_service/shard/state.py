@@ -28,7 +28,7 @@ from profile_service.domain.decay import NS
 from profile_service.domain.memory import reserve
 from profile_service.domain.migrate import compare, migrate
 from profile_service.domain.schema import Schema
-from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable, Together
+from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
 from profile_service.errors import ResourceExhausted
 from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
 from profile_service.shard.replay import ReplayRuns
@@ -161,15 +161,11 @@ class ShardState:
         columns: EventColumns,
         positions: NDArray[np.int64],
         received_ns: NDArray[np.int64],
-        together: Together,
     ) -> None:
         if not self.table.has_room(columns.count, len(columns.buffer)):
             raise ResourceExhausted(f"the table has no room for more than {len(self.table)} users", retry_after_s=60.0)
-        stamps = self._stamps
-        if stamps is None or positions[0] >= self.newest_stamp:
-            self.table.replay(columns, received_ns, None, together)
-        else:
-            self.table.replay(columns, received_ns, lambda rows: stamps[rows] > positions, together)
+        stamps = self._stamps if positions[0] < self.newest_stamp else None
+        self.table.replay(columns, received_ns, positions, stamps)
 
     def finish_replay(self) -> None:
         """Applies what is left of the replay, and forgets what only a replay needs."""

@@ -1,9 +1,9 @@
 """What every feature kind offers. A kind is one file of this package and one line of its registry.
 
 A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a
-row that it owns. A feature has five verbs over rows:
+row that it owns. A feature has five verbs over rows, and its kind's file has the one that is compiled:
 
-    update     adds a run of events to their rows (a numba kernel over columns: no Python object per event)
+    update     adds a block of events to their rows (a kernel, told by the feature's `operation` which slots are meant)
     merge      adds one row's values to another's
     finalize   turns one row's values, as of a moment, into the answer
     strings    says which slots hold interned texts
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from profile_service.domain.decay import NO_LANDMARK, ROUNDED_BITS, half_life_to_ns
+from profile_service.domain.decay import NO_LANDMARK, half_life_to_ns
 from userprofile.v1 import profile_pb2
 
 VIEW_DTYPES: dict[str, np.dtype[Any]] = {
@@ -54,37 +54,81 @@ class RowViews(NamedTuple):
     u1: NDArray[np.uint8]
 
 
-def rounded_bits(views: RowViews) -> int:
-    """What `add_rounded` is to leave out of a sum in `views.f4`: nothing where that view has 64 bits."""
-    return ROUNDED_BITS if views.f4.itemsize == 4 else 0
+KIND, ROUNDED_BITS, WEIGHTS, HALF_LIFE, ATTRIBUTE, OWN = range(6)
+"""Entries of an operation that every kind has: the kind's number, what `add_rounded` is to leave out, where the weights
+of the event types begin in `Tables.reals`, the half-life index, the attribute. From `OWN` on they are the kind's."""
+
+OPERATION_ENTRIES = OWN + 9
+
+ABSENT = -2
+UNLISTED = -1
+"""`Events.value_numbers` of an event without the attribute, and of one whose value no feature lists."""
 
 
-@dataclass
-class Batch:
-    """A run of events, resolved: every text is an interned id or a code, every user a row."""
+class Tables(NamedTuple):
+    """Constants that operations refer to by where theirs begin."""
 
-    rows: NDArray[np.int64]
-    """Row of each event's user."""
+    reals: NDArray[np.float64]
+    codes: NDArray[np.int64]
+
+
+class Events(NamedTuple):
+    """A block of events, resolved: every text is a number, every user a row. Attributes go by their place in the
+    schema."""
+
     types: NDArray[np.int16]
     """Index into the schema's event types."""
     time_ns: NDArray[np.int64]
-    received_ns: NDArray[np.int64]
-    """When each event arrived."""
-    grids: list[NDArray[np.int64]]
-    """By half-life index: whole half-lives since 1970 of each event's time."""
-    mantissas: list[NDArray[np.float64]]
-    """By half-life index: 2 ** the rest."""
+    grids: NDArray[np.int64]
+    """(half-lives, events): whole half-lives since 1970 of each event's time."""
+    mantissas: NDArray[np.float64]
+    """(half-lives, events): 2 ** the rest."""
     text_ids: NDArray[np.uint32]
     """(text attributes, events): interned id, 0 where absent; filled for the attributes that some feature keeps as
     text."""
-    text_present: NDArray[np.int32]
-    """(text attributes, events): length in bytes, -1 where absent."""
-    text_hash: NDArray[np.uint64]
-    """(text attributes, events): XXH64 of the value."""
-    number: NDArray[np.float64]
-    """(number attributes, events): NaN where absent."""
-    codes: dict[str, NDArray[np.int32]]
-    """By feature name, for closed vocabularies: position in the list of values, -1 where absent."""
+    value_numbers: NDArray[np.int64]
+    """(text attributes, events): place in the list of all values that features list; filled for the attributes of
+    these."""
+    first: int
+    """Where the block begins in the three that follow: they are those of all events that were decoded together."""
+    text_lengths: NDArray[np.int32]
+    """(text attributes, …): length in bytes, -1 where absent."""
+    text_hashes: NDArray[np.uint64]
+    """(text attributes, …): XXH64 of the value."""
+    numbers: NDArray[np.float64]
+    """(number attributes, …): NaN where absent."""
+
+
+class SlotStarts(NamedTuple):
+    """By view: where a row's slots begin in it, for views that show whole rows."""
+
+    f8: int
+    i8: int
+    f4: int
+    u4: int
+    u1: int
+
+
+class Constants:
+    """What `Tables` is made of, and the list of all values that features list."""
+
+    def __init__(self, values: Sequence[str]) -> None:
+        self.values = values
+        self._reals: list[float] = []
+        self._codes: list[int] = []
+
+    def add_reals(self, reals: Sequence[float] | NDArray[np.float64]) -> int:
+        """Where they begin in `Tables.reals`."""
+        self._reals.extend(reals)
+        return len(self._reals) - len(reals)
+
+    def add_codes(self, codes: Sequence[int]) -> int:
+        """Where they begin in `Tables.codes`."""
+        self._codes.extend(codes)
+        return len(self._codes) - len(codes)
+
+    def tables(self) -> Tables:
+        return Tables(np.array(self._reals, dtype=np.float64), np.array(self._codes, dtype=np.int64))
 
 
 class SlotAllocator:
@@ -135,9 +179,9 @@ class FeatureInput:
     """By event type: its weight, 0 for the types that the feature does not take."""
     half_life_s: float | None
     half_life_index: int
-    """Index into `Batch.grids` and `Batch.mantissas`."""
+    """Index into `Events.grids` and `Events.mantissas`."""
     attribute: int
-    """Row of `Batch.text_*` or `Batch.number` that the feature reads; -1 for none."""
+    """Row of `Events.text_*` or `Events.numbers` that the feature reads; -1 for none."""
 
 
 class KindOptions(BaseModel):
@@ -169,8 +213,9 @@ class Feature(ABC):
         self.attribute = given.attribute
 
     @abstractmethod
-    def update(self, views: RowViews, batch: Batch) -> None:
-        """Adds the events of `batch` to their rows, in order."""
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        """The entries, from `OWN` on, by which the kind's `update` knows this feature. Slots are those of whole rows,
+        which are `starts` further on."""
 
     @abstractmethod
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
@@ -196,7 +241,7 @@ class Feature(ABC):
         return ()
 
     def vocabulary(self) -> Sequence[str]:
-        """The closed list of values by which `Batch.codes` is filled; empty for kinds without one."""
+        """The closed list of values of which `Events.value_numbers` tells; empty for kinds without one."""
         return ()
 
     def standard_error(self) -> float | None:

@@ -13,9 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
+from profile_service.domain.decay import (
+    RESCALE_STEPS,
+    add_rounded,
+    align,
+    power_of_two,
+    read_scale,
+    steps_from_landmark,
+)
 from profile_service.domain.features.base import (
-    Batch,
+    ABSENT,
+    ATTRIBUTE,
+    HALF_LIFE,
+    OWN,
+    ROUNDED_BITS,
+    UNLISTED,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -23,10 +38,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
-    Weights,
-    rounded_bits,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 OTHER = "other"
@@ -57,31 +72,27 @@ class CategoricalOptions(KindOptions):
     convertible: ClassVar[frozenset[str]] = frozenset({"values"})
 
 
-@leaf_kernel
-def _update(
-    f4: Weights,
-    rounded_bits: int,
-    i8: NDArray[np.int64],
-    slot: int,
-    count: int,
-    landmark: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    grid: NDArray[np.int64],
-    mantissa: NDArray[np.float64],
-    codes: NDArray[np.int32],
+SLOT, COUNT, LANDMARK, CODES = range(OWN, OWN + 4)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Adds the events' weights to their values' slots."""
+    f4, i8 = views.f4, views.i8
+    slot, count, landmark = operation[SLOT], operation[COUNT], operation[LANDMARK]
+    codes = tables.codes[operation[CODES] :]
+    weight = tables.reals[operation[WEIGHTS] :]
+    grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
+    numbers = events.value_numbers[operation[ATTRIBUTE]]
     for i in range(len(rows)):
-        code = codes[i]
-        w = weight[types[i]]
-        if code < 0 or w == 0.0:
+        row, number = rows[i], numbers[i]
+        w = weight[events.types[i]]
+        if row < 0 or number == ABSENT or w == 0.0:
             continue
-        row = rows[i]
         w *= mantissa[i]
-        if i8[row, landmark] == NO_LANDMARK:
-            i8[row, landmark] = grid[i]
-        steps = grid[i] - i8[row, landmark]
+        steps = steps_from_landmark(i8, row, landmark, grid[i])
         if steps > RESCALE_STEPS:
             scale = power_of_two(-steps)
             for k in range(slot, slot + count):
@@ -89,7 +100,8 @@ def _update(
             i8[row, landmark] = grid[i]
         elif steps != 0:
             w *= power_of_two(steps)
-        f4[row, slot + code] = add_rounded(f4[row, slot + code], w, rounded_bits)
+        place = slot + (count - 1 if number == UNLISTED else codes[number])
+        f4[row, place] = add_rounded(f4[row, place], w, operation[ROUNDED_BITS])
 
 
 class CategoricalFeature(Feature):
@@ -107,22 +119,11 @@ class CategoricalFeature(Feature):
     def vocabulary(self) -> list[str]:
         return self.labels[:-1]
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        index = self.half_life_index
-        _update(
-            views.f4,
-            rounded_bits(views),
-            views.i8,
-            self.slot,
-            len(self.labels),
-            self.landmark,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.grids[index],
-            batch.mantissas[index],
-            batch.codes[self.name],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        codes = {value: code for code, value in enumerate(self.vocabulary())}
+        other = len(codes)
+        first = constants.add_codes([codes.get(value, other) for value in constants.values])
+        return [starts.f4 + self.slot, len(self.labels), starts.i8 + self.landmark, first]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, align, power_of_two, read_scale
+from profile_service.domain.decay import RESCALE_STEPS, align, power_of_two, read_scale, steps_from_landmark
 from profile_service.domain.features.base import (
-    Batch,
+    HALF_LIFE,
+    OWN,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -15,8 +19,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -24,36 +30,28 @@ class CounterOptions(KindOptions):
     """A counter has no options of its own."""
 
 
-@leaf_kernel
-def _count(
-    f8: NDArray[np.float64], slot: int, rows: NDArray[np.int64], types: NDArray[np.int16], weight: NDArray[np.float64]
-) -> None:
-    for i in range(len(rows)):
-        if weight[types[i]] != 0.0:
-            f8[rows[i], slot] += 1.0
+SLOT, LANDMARK = range(OWN, OWN + 2)
 
 
-@leaf_kernel
-def _sum(
-    f8: NDArray[np.float64],
-    i8: NDArray[np.int64],
-    slot: int,
-    landmark: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    grid: NDArray[np.int64],
-    mantissa: NDArray[np.float64],
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Adds the events' weights, or counts them where nothing decays."""
+    f8, i8 = views.f8, views.i8
+    slot, landmark = operation[SLOT], operation[LANDMARK]
+    weight = tables.reals[operation[WEIGHTS] :]
+    grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
     for i in range(len(rows)):
-        w = weight[types[i]]
-        if w == 0.0:
-            continue
         row = rows[i]
+        w = weight[events.types[i]]
+        if row < 0 or w == 0.0:
+            continue
+        if landmark < 0:
+            f8[row, slot] += 1.0
+            continue
         w *= mantissa[i]
-        if i8[row, landmark] == NO_LANDMARK:
-            i8[row, landmark] = grid[i]
-        steps = grid[i] - i8[row, landmark]
+        steps = steps_from_landmark(i8, row, landmark, grid[i])
         if steps > RESCALE_STEPS:
             f8[row, slot] *= power_of_two(-steps)
             i8[row, landmark] = grid[i]
@@ -70,22 +68,8 @@ class CounterFeature(Feature):
         self.slot = slots.take("f8")
         self.landmark = slots.landmark() if self.half_life_ns else -1
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        if not self.half_life_ns:
-            _count(views.f8, self.slot, batch.rows, batch.types, self.event_weight)
-            return
-        index = self.half_life_index
-        _sum(
-            views.f8,
-            views.i8,
-            self.slot,
-            self.landmark,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.grids[index],
-            batch.mantissas[index],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        return [starts.f8 + self.slot, starts.i8 + self.landmark if self.half_life_ns else -1]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         mine = theirs = 1.0

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from profile_service.domain.features.base import (
-    Batch,
+    ATTRIBUTE,
+    OWN,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -21,8 +25,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import kernel, leaf_kernel
+from profile_service.domain.kernel import inlined_kernel, kernel, leading_zeros, leaf_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -33,27 +39,25 @@ class DistinctOptions(KindOptions):
     precision: int = Field(default=8, ge=4, le=16)
 
 
-@leaf_kernel
-def _update(
-    u1: NDArray[np.uint8],
-    registers: int,
-    precision: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    present: NDArray[np.int32],
-    hashes: NDArray[np.uint64],
+REGISTERS, PRECISION = range(OWN, OWN + 2)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Raises the register of each event's value to its rank."""
+    u1 = views.u1
+    registers, precision = operation[REGISTERS], operation[PRECISION]
+    weight = tables.reals[operation[WEIGHTS] :]
+    lengths = events.text_lengths[operation[ATTRIBUTE]][events.first :]
+    hashes = events.text_hashes[operation[ATTRIBUTE]][events.first :]
     for i in range(len(rows)):
-        if present[i] < 0 or weight[types[i]] == 0.0:
-            continue
         row = rows[i]
+        if row < 0 or lengths[i] < 0 or weight[events.types[i]] == 0.0:
+            continue
         index = np.int64(hashes[i] >> np.uint64(64 - precision))
-        rest = hashes[i] << np.uint64(precision)
-        rank = 1
-        while rank <= 64 - precision and (rest & np.uint64(0x8000000000000000)) == np.uint64(0):
-            rank += 1
-            rest = rest << np.uint64(1)
+        rank = 1 + min(leading_zeros(hashes[i] << np.uint64(precision)), 64 - precision)
         bit = 6 * index
         place = registers + (bit >> 3)
         shift = bit & 7
@@ -135,17 +139,8 @@ class DistinctFeature(Feature):
     def standard_error(self) -> float:
         return 1.04 / math.sqrt(2**self.precision)
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        _update(
-            views.u1,
-            self.registers,
-            self.precision,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.text_present[self.attribute],
-            batch.text_hash[self.attribute],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        return [starts.u1 + self.registers, self.precision]
 
     def _read(self, views: RowViews, row: int) -> NDArray[np.uint8]:
         packed = views.u1[row, self.registers : self.registers + self.bytes]

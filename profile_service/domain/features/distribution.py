@@ -12,9 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
+from profile_service.domain.decay import (
+    RESCALE_STEPS,
+    add_rounded,
+    align,
+    power_of_two,
+    read_scale,
+    steps_from_landmark,
+)
 from profile_service.domain.features.base import (
-    Batch,
+    ATTRIBUTE,
+    HALF_LIFE,
+    OWN,
+    ROUNDED_BITS,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -22,11 +35,14 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
-    Weights,
-    rounded_bits,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel, to_i64
 from userprofile.v1 import profile_pb2
+
+MOST_GUESSES = 512
+"""Entries by which a value's bin is looked up: 8 bytes each."""
 
 PROBABILITIES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -99,47 +115,29 @@ class DistributionOptions(KindOptions):
     only_read: ClassVar[frozenset[str]] = frozenset({"unit"})
 
 
-@leaf_kernel
-def _bin_of(edges: NDArray[np.float64], value: float) -> int:
-    """How many edges are at or below `value`: 0 is under, len(edges) is over."""
-    low = 0
-    high = len(edges)
-    while low < high:
-        middle = (low + high) >> 1
-        if edges[middle] <= value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
+MOMENTS, BINS, LANDMARK, EDGES, EDGE_COUNT, GUESSES, GUESS_COUNT, GUESS_SHIFT, LOWEST_KEY = range(OWN, OWN + 9)
 
 
-@leaf_kernel
-def _update(
-    f8: NDArray[np.float64],
-    f4: Weights,
-    rounded_bits: int,
-    i8: NDArray[np.int64],
-    moments: int,
-    bins: int,
-    landmark: int,
-    edges: NDArray[np.float64],
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    grid: NDArray[np.int64],
-    mantissa: NDArray[np.float64],
-    values: NDArray[np.float64],
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Adds the events' values to moments and bins."""
+    f8, f4, i8 = views.f8, views.f4, views.i8
+    moments, bins, landmark = operation[MOMENTS], operation[BINS], operation[LANDMARK]
+    edges = tables.reals[operation[EDGES] : operation[EDGES] + operation[EDGE_COUNT]]
+    guesses = tables.codes[operation[GUESSES] : operation[GUESSES] + operation[GUESS_COUNT]]
+    shift, lowest = operation[GUESS_SHIFT], operation[LOWEST_KEY]
+    weight = tables.reals[operation[WEIGHTS] :]
+    grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
+    values = events.numbers[operation[ATTRIBUTE]][events.first :]
     for i in range(len(rows)):
-        value = values[i]
-        w = weight[types[i]]
-        if value != value or w == 0.0:
+        row, value = rows[i], values[i]
+        w = weight[events.types[i]]
+        if row < 0 or value != value or w == 0.0:
             continue
-        row = rows[i]
         w *= mantissa[i]
-        if i8[row, landmark] == NO_LANDMARK:
-            i8[row, landmark] = grid[i]
-        steps = grid[i] - i8[row, landmark]
+        steps = steps_from_landmark(i8, row, landmark, grid[i])
         if steps > RESCALE_STEPS:
             scale = power_of_two(-steps)
             f8[row, moments] *= scale
@@ -160,8 +158,51 @@ def _update(
         # Not `w * difference * (value - mean)`: beside a weight that all but is the total, the last factor rounds to 0.
         f8[row, moments + 2] += f8[row, moments] * share * difference * difference
         f8[row, moments] = total
-        place = bins + _bin_of(edges, value)
-        f4[row, place] = add_rounded(f4[row, place], w, rounded_bits)
+        place = bins + _bin_of(edges, guesses, shift, lowest, value)
+        f4[row, place] = add_rounded(f4[row, place], w, operation[ROUNDED_BITS])
+
+
+@inlined_kernel
+def _key(value: float) -> int:
+    """A number that is in the order of the values: their bits, as they stand in memory, those of negative ones turned
+    around."""
+    # Without the sign of a zero, which compares as none.
+    bits = to_i64(np.float64(value + 0.0).view(np.int64))
+    return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+
+
+@inlined_kernel
+def _bin_of(edges: NDArray[np.float64], guesses: NDArray[np.int64], shift: int, lowest: int, value: float) -> int:
+    """How many edges are at or below `value`: 0 is under, len(edges) is over.
+
+    `guesses` says between which two of them to look, by the upper bits of the value's key. They are so fine that there
+    is mostly nothing left to look for: of what a search would take, a processor foresees nothing.
+    """
+    guess = min(max((_key(value) >> shift) - lowest, 0), len(guesses) - 2)
+    low, high = to_i64(guesses[guess]), to_i64(guesses[guess + 1])
+    while low < high:
+        middle = (low + high) >> 1
+        if edges[middle] <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _guess(edges: NDArray[np.float64]) -> tuple[list[int], int, int]:
+    """What `_bin_of` is given: `guesses`, `shift`, `lowest`.
+
+    Guess `g` is how many edges have a key whose upper bits are below `lowest + g`. Finer than their number it may be;
+    larger than a small part of a processor's nearest cache it must not.
+    """
+    keys = [int(_key(edge)) for edge in edges.tolist()]
+    shift = 0
+    while (keys[-1] >> shift) - (keys[0] >> shift) > MOST_GUESSES - 2:
+        shift += 1
+    lowest = keys[0] >> shift
+    upper = np.array(keys) >> shift
+    count = int(upper[-1]) - lowest + 2
+    return np.searchsorted(upper, lowest + np.arange(count), side="left").tolist(), shift, lowest
 
 
 class DistributionFeature(Feature):
@@ -177,24 +218,11 @@ class DistributionFeature(Feature):
         self.bins = slots.take("f4", len(self.edges) + 1)
         self.landmark = slots.landmark()
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        index = self.half_life_index
-        _update(
-            views.f8,
-            views.f4,
-            rounded_bits(views),
-            views.i8,
-            self.moments,
-            self.bins,
-            self.landmark,
-            self.edges,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.grids[index],
-            batch.mantissas[index],
-            batch.number[self.attribute],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        slots = [starts.f8 + self.moments, starts.f4 + self.bins, starts.i8 + self.landmark]
+        guesses, shift, lowest = _guess(self.edges)
+        reals, codes = constants.add_reals(self.edges), constants.add_codes(guesses)
+        return [*slots, reals, len(self.edges), codes, len(guesses), shift, lowest]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))

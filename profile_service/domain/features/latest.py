@@ -9,7 +9,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from profile_service.domain.features.base import (
-    Batch,
+    ATTRIBUTE,
+    OWN,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -17,8 +21,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -28,26 +34,25 @@ class LatestOptions(KindOptions):
     attribute: str = Field(min_length=1)
 
 
-@leaf_kernel
-def _update(
-    u4: NDArray[np.uint32],
-    i8: NDArray[np.int64],
-    held: int,
-    when: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    time_ns: NDArray[np.int64],
-    values: NDArray[np.uint32],
+HELD, WHEN = range(OWN, OWN + 2)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Takes the values that are as new as what is held, or newer."""
+    u4, i8 = views.u4, views.i8
+    held, when = operation[HELD], operation[WHEN]
+    weight = tables.reals[operation[WEIGHTS] :]
+    values = events.text_ids[operation[ATTRIBUTE]]
     for i in range(len(rows)):
-        value = values[i]
-        if value == 0 or weight[types[i]] == 0.0:
-            continue
         row = rows[i]
-        if u4[row, held] == 0 or time_ns[i] >= i8[row, when]:
-            u4[row, held] = value
-            i8[row, when] = time_ns[i]
+        if row < 0 or values[i] == 0 or weight[events.types[i]] == 0.0:
+            continue
+        if u4[row, held] == 0 or events.time_ns[i] >= i8[row, when]:
+            u4[row, held] = values[i]
+            i8[row, when] = events.time_ns[i]
 
 
 class LatestFeature(Feature):
@@ -63,18 +68,8 @@ class LatestFeature(Feature):
     def strings(self) -> list[tuple[int, int]]:
         return [(self.held, 1)]
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        _update(
-            views.u4,
-            views.i8,
-            self.held,
-            self.when,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.time_ns,
-            batch.text_ids[self.attribute],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        return [starts.u4 + self.held, starts.i8 + self.when]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         theirs = source.u4[source_row, self.held]

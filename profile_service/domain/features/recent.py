@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from profile_service.domain.features.base import (
-    Batch,
+    ATTRIBUTE,
+    OWN,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -18,8 +22,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 
@@ -32,25 +38,22 @@ class RecentOptions(KindOptions):
     convertible: ClassVar[frozenset[str]] = frozenset({"size"})
 
 
-@leaf_kernel
-def _update(
-    u4: NDArray[np.uint32],
-    i8: NDArray[np.int64],
-    ids: int,
-    times: int,
-    size: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    time_ns: NDArray[np.int64],
-    values: NDArray[np.uint32],
+IDS, TIMES, SIZE = range(OWN, OWN + 3)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Puts the values in their places by time."""
+    u4, i8 = views.u4, views.i8
+    ids, times, size = operation[IDS], operation[TIMES], operation[SIZE]
+    weight = tables.reals[operation[WEIGHTS] :]
+    values = events.text_ids[operation[ATTRIBUTE]]
     for i in range(len(rows)):
-        value = values[i]
-        if value == 0 or weight[types[i]] == 0.0:
+        row, value, when = rows[i], values[i], events.time_ns[i]
+        if row < 0 or value == 0 or weight[events.types[i]] == 0.0:
             continue
-        row = rows[i]
-        when = time_ns[i]
         place = 0
         while place < size and u4[row, ids + place] != 0 and i8[row, times + place] > when:
             # Held already, and seen later than now: nothing changes.
@@ -86,19 +89,8 @@ class RecentFeature(Feature):
     def strings(self) -> list[tuple[int, int]]:
         return [(self.ids, self.size)]
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        _update(
-            views.u4,
-            views.i8,
-            self.ids,
-            self.times,
-            self.size,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.time_ns,
-            batch.text_ids[self.attribute],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        return [starts.u4 + self.ids, starts.i8 + self.times, self.size]
 
     def _entries(self, views: RowViews, row: int) -> list[tuple[int, int]]:
         """(time, interned id), the newest first."""

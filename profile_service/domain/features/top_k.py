@@ -15,9 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from profile_service.domain.decay import NO_LANDMARK, RESCALE_STEPS, add_rounded, align, power_of_two, read_scale
+from profile_service.domain.decay import (
+    RESCALE_STEPS,
+    add_rounded,
+    align,
+    power_of_two,
+    read_scale,
+    steps_from_landmark,
+)
 from profile_service.domain.features.base import (
-    Batch,
+    ATTRIBUTE,
+    HALF_LIFE,
+    OWN,
+    ROUNDED_BITS,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -25,10 +38,11 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
     Weights,
-    rounded_bits,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 POPULATION_COUNTERS = 64
@@ -48,35 +62,27 @@ class TopKOptions(KindOptions):
     convertible: ClassVar[frozenset[str]] = frozenset({"k"})
 
 
-@leaf_kernel
-def _update(
-    f8: NDArray[np.float64],
-    f4: Weights,
-    rounded_bits: int,
-    u4: NDArray[np.uint32],
-    i8: NDArray[np.int64],
-    total: int,
-    counters: int,
-    ids: int,
-    k: int,
-    landmark: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    grid: NDArray[np.int64],
-    mantissa: NDArray[np.float64],
-    values: NDArray[np.uint32],
+TOTAL, COUNTERS, IDS, K, LANDMARK = range(OWN, OWN + 5)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Adds the events' weights to their values' counters."""
+    f8, f4, u4, i8 = views.f8, views.f4, views.u4, views.i8
+    total, counters, ids, k = operation[TOTAL], operation[COUNTERS], operation[IDS], operation[K]
+    landmark = operation[LANDMARK]
+    weight = tables.reals[operation[WEIGHTS] :]
+    grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
+    values = events.text_ids[operation[ATTRIBUTE]]
     for i in range(len(rows)):
-        value = values[i]
-        w = weight[types[i]]
-        if value == 0 or w == 0.0:
+        row, value = rows[i], values[i]
+        w = weight[events.types[i]]
+        if row < 0 or value == 0 or w == 0.0:
             continue
-        row = rows[i]
         w *= mantissa[i]
-        if i8[row, landmark] == NO_LANDMARK:
-            i8[row, landmark] = grid[i]
-        steps = grid[i] - i8[row, landmark]
+        steps = steps_from_landmark(i8, row, landmark, grid[i])
         if steps > RESCALE_STEPS:
             scale = power_of_two(-steps)
             f8[row, total] *= scale
@@ -86,23 +92,35 @@ def _update(
         elif steps != 0:
             w *= power_of_two(steps)
         f8[row, total] += w
-        found = -1
-        for j in range(k):
-            held = u4[row, ids + j]
-            if held == value or held == 0:
-                found = j
-                break
-        if found >= 0:
-            u4[row, ids + found] = value
-            f4[row, counters + found] = add_rounded(f4[row, counters + found], w, rounded_bits)
-            continue
-        lightest = 0
-        for j in range(1, k):
-            if f4[row, counters + j] < f4[row, counters + lightest]:
-                lightest = j
-        u4[row, ids + lightest] = value
-        f4[row, counters + k + lightest] = f4[row, counters + lightest]
-        f4[row, counters + lightest] = add_rounded(f4[row, counters + lightest], w, rounded_bits)
+        place = _place_of(u4, row, ids, k, value)
+        if place == k:
+            place = _lightest(f4, row, counters, k)
+            f4[row, counters + k + place] = f4[row, counters + place]
+        u4[row, ids + place] = value
+        f4[row, counters + place] = add_rounded(f4[row, counters + place], w, operation[ROUNDED_BITS])
+
+
+@inlined_kernel
+def _place_of(u4: NDArray[np.uint32], row: int, ids: int, k: int, value: int) -> int:
+    """The value's counter, or the first free one; k for neither."""
+    for j in range(k):
+        held = u4[row, ids + j]
+        if held == value or held == 0:
+            return j
+    return k
+
+
+@inlined_kernel
+def _lightest(f4: Weights, row: int, counters: int, k: int) -> int:
+    """The first of the lightest counters."""
+    least = f4[row, counters]
+    for j in range(1, k):
+        weight = f4[row, counters + j]
+        least = min(least, weight)
+    place = k
+    for j in range(k):
+        place = min(place, j if f4[row, counters + j] == least else k)
+    return place
 
 
 class TopKFeature(Feature):
@@ -128,26 +146,9 @@ class TopKFeature(Feature):
     def strings(self) -> list[tuple[int, int]]:
         return [(self.ids, self.k)]
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        index = self.half_life_index
-        _update(
-            views.f8,
-            views.f4,
-            rounded_bits(views),
-            views.u4,
-            views.i8,
-            self.total,
-            self.counters,
-            self.ids,
-            self.k,
-            self.landmark,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.grids[index],
-            batch.mantissas[index],
-            batch.text_ids[self.attribute],
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        slots = [starts.f8 + self.total, starts.f4 + self.counters, starts.u4 + self.ids]
+        return [*slots, self.k, starts.i8 + self.landmark]
 
     def _entries(self, views: RowViews, row: int) -> dict[int, tuple[float, float]]:
         """Interned id → stored weight and error."""

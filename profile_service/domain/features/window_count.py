@@ -14,7 +14,10 @@ from pydantic import model_validator
 from profile_service.domain.decay import NO_LANDMARK, NS
 from profile_service.domain.duration import Duration
 from profile_service.domain.features.base import (
-    Batch,
+    OWN,
+    WEIGHTS,
+    Constants,
+    Events,
     Feature,
     FeatureInput,
     FeatureKind,
@@ -22,8 +25,10 @@ from profile_service.domain.features.base import (
     ReadContext,
     RowViews,
     SlotAllocator,
+    SlotStarts,
+    Tables,
 )
-from profile_service.domain.kernel import leaf_kernel
+from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
 
 FUTURE_S = 300.0
@@ -45,31 +50,33 @@ class WindowCountOptions(KindOptions):
         return self
 
 
-@leaf_kernel
-def _update(
-    u4: NDArray[np.uint32],
-    i8: NDArray[np.int64],
-    ring: int,
-    length: int,
-    head: int,
-    bucket_ns: int,
-    rows: NDArray[np.int64],
-    types: NDArray[np.int16],
-    weight: NDArray[np.float64],
-    time_ns: NDArray[np.int64],
+RING, LENGTH, HEAD, BUCKET_NS = range(OWN, OWN + 4)
+
+
+@inlined_kernel
+def update(
+    views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
+    """Counts the events in their buckets."""
+    u4, i8 = views.u4, views.i8
+    ring, length, head = operation[RING], operation[LENGTH], operation[HEAD]
+    bucket_ns = operation[BUCKET_NS]
+    weight = tables.reals[operation[WEIGHTS] :]
+    bucket = begin = 0
     for i in range(len(rows)):
-        if weight[types[i]] == 0.0:
-            continue
         row = rows[i]
-        bucket = time_ns[i] // bucket_ns
+        if row < 0 or weight[events.types[i]] == 0.0:
+            continue
+        # Neighbours in time spare each other the division.
+        if not begin <= events.time_ns[i] < begin + bucket_ns:
+            bucket = events.time_ns[i] // bucket_ns
+            begin = bucket * bucket_ns
         newest = i8[row, head]
         if newest == NO_LANDMARK:
             newest = bucket
             i8[row, head] = bucket
         if bucket > newest:
-            cleared = min(bucket - newest, length)
-            for j in range(cleared):
+            for j in range(min(bucket - newest, length)):
                 u4[row, ring + (bucket - j) % length] = 0
             i8[row, head] = bucket
         elif bucket <= newest - length:
@@ -90,19 +97,8 @@ class WindowCountFeature(Feature):
         self.ring = slots.take("u4", self.length)
         self.head = slots.take("i8", initial=NO_LANDMARK)
 
-    def update(self, views: RowViews, batch: Batch) -> None:
-        _update(
-            views.u4,
-            views.i8,
-            self.ring,
-            self.length,
-            self.head,
-            self.bucket_ns,
-            batch.rows,
-            batch.types,
-            self.event_weight,
-            batch.time_ns,
-        )
+    def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
+        return [starts.u4 + self.ring, self.length, starts.i8 + self.head, self.bucket_ns]
 
     def _count_of(self, views: RowViews, row: int, bucket: int) -> int:
         newest = int(views.i8[row, self.head])
