@@ -319,8 +319,10 @@ def _with_ports(settings: Settings, patience_s: float) -> Settings:
 
 def _warm(schema: Schema) -> None:
     from profile_service.shard.warm import warm_kernels
+    from profile_service.wire.warm import warm_scanning
 
     warm_kernels(schema)
+    warm_scanning()
 
 
 def _in_thread(work: Callable[[], None]) -> Future[None]:

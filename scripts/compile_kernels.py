@@ -20,7 +20,9 @@ def main() -> None:
 
     from profile_service.domain.schema import load_schema
     from profile_service.shard.warm import warm_kernels
+    from profile_service.wire.warm import warm_scanning
 
+    warm_scanning()
     for name in ("marketplace", "retail"):
         warm_kernels(load_schema(name))
 

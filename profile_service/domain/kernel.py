@@ -2,6 +2,7 @@
 
 Numba keeps what it compiled beside the module, so that only the first process compiles. It looks at the date of the
 kernel's own module alone: after a change to a kernel that others call, their `__pycache__/*.nbi` have to go.
+A process that finds all kernels there loads nothing that only compiling needs (`_KernelCache`).
 
 The loads are unaligned reads of several bytes at once. They check nothing: the caller has made sure of the bounds.
 """
@@ -16,6 +17,8 @@ import numba.extending
 import numpy as np
 from numba import types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
+from numba.core.runtime.nrt import rtsys
 from numpy.typing import NDArray
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,9 +33,26 @@ _intrinsic = cast("Any", numba.extending.intrinsic)
 _ir = cast("Any", cgutils).ir
 
 
+class _KernelCache(cast("Any", FunctionCache)):  # type: ignore[misc]  # numba is untyped
+    """Numba's cache of one function, without what makes the first load of a process slow: it would import and register
+    all that numba can compile, which takes longer than to load all of our kernels. What is compiled needs nothing of it
+    but the runtime; compiling registers it by itself."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
+
+
+def _compiled(function: F, **options: bool) -> F:
+    dispatcher = _njit(nogil=True, **options)(function)
+    dispatcher._cache = _KernelCache(function)
+    return cast("F", dispatcher)
+
+
 def kernel(function: F) -> F:
     """Compiles a function of numbers and arrays; it runs without the interpreter's lock."""
-    return cast("F", _njit(cache=True, nogil=True)(function))
+    return _compiled(function)
 
 
 def leaf_kernel(function: F) -> F:
@@ -41,12 +61,12 @@ def leaf_kernel(function: F) -> F:
     Otherwise numba counts references to every array, atomically, in a function that returns from many places, which
     costs a parser of short messages several times what the parsing costs.
     """
-    return cast("F", _njit(cache=True, nogil=True, _nrt=False)(function))
+    return _compiled(function, _nrt=False)
 
 
 def inlined_kernel(function: F) -> F:
     """A leaf kernel that is always put into its caller: for what runs once an event and has many arguments."""
-    return cast("F", _njit(cache=True, nogil=True, _nrt=False, forceinline=True)(function))
+    return _compiled(function, _nrt=False, forceinline=True)
 
 
 def _load_u64(typingctx: Any, buffer: Any, offset: Any) -> Any:

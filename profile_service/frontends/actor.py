@@ -15,7 +15,7 @@ from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.frontends.server import Frontend
-from profile_service.shard.warm import warm_kernels
+from profile_service.wire.warm import warm_scanning
 
 FAILED_EXIT_STATUS = 70
 """EX_SOFTWARE: it could not start again."""
@@ -43,7 +43,7 @@ class FrontendActor:
             return current
 
         self._frontend = Frontend(schema, settings, topology, system_clock)
-        self._started = asyncio.create_task(self._start(schema))
+        self._started = asyncio.create_task(self._start())
 
     async def wait_until_ready(self) -> tuple[str, str]:
         """(gRPC address, HTTP address) once every shard is connected. Raises StartupError."""
@@ -51,10 +51,10 @@ class FrontendActor:
         await self._frontend.wait_until_ready()
         return self._frontend.grpc_address, self._frontend.http_address
 
-    async def _start(self, schema: Schema) -> None:
-        # Loading the compiled kernels takes a third of a second, which the first batch shall not wait for.
+    async def _start(self) -> None:
+        # Loading the compiled kernels takes a moment, which the first batch shall not wait for.
         try:
-            await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_kernels, schema))
+            await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_scanning))
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 # Nobody waits to hear of it, as somebody does at the service's start. A new process tries again.

@@ -1,4 +1,4 @@
-"""Compiles every kernel that a schema needs into the cache, once, before the processes that share it start."""
+"""Compiles every kernel that a shard runs, once before the processes start; each shard then loads what that left."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.snapshot import Block
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
-from profile_service.wire.warm import compile_kernels
+from profile_service.wire.warm import warm_decoding
 from userprofile.v1 import event_service_pb2
 
 
 def warm_kernels(schema: Schema) -> None:
     """Takes a few events through the wire, and of every type through a state of its own: decode, admit, apply, read,
     copy, load, replay."""
-    compile_kernels()
+    warm_decoding()
     now_ns = system_clock()
     message = event_service_pb2.IngestEventsRequest()
     for number, event_type in enumerate([*schema.event_types, *schema.event_types]):

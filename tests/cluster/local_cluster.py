@@ -22,6 +22,7 @@ from profile_service.shard.warm import warm_kernels
 from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import ScannedBatch, scan_batch
+from profile_service.wire.warm import warm_scanning
 from tests.shard.shards import make_shard, recovered
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
@@ -226,3 +227,4 @@ class FakeShard:
 @functools.cache
 def _warm() -> None:
     warm_kernels(SCHEMA)
+    warm_scanning()

@@ -237,3 +237,12 @@ def test_a_flag_may_come_from_the_environment() -> None:
 
     assert_fails(run_with("serve", PROFILE_SERVICE_STORE="redis://elsewhere"), "redis://elsewhere")
     assert_fails(run_with("get", "u1", PROFILE_SERVICE_ADDRESS="127.0.0.1:1"), "127.0.0.1:1")
+
+
+def test_an_interrupt_while_the_command_line_is_loaded_shows_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 
 from profile_service.shard.startup import Phase, Startup, process_age_s
@@ -29,3 +32,23 @@ def test_phases_that_overlap_add_up_to_the_whole() -> None:
     assert list(found) == ["code", "kernels", "snapshot", "log", "serving"]
     assert found["snapshot"] == "0.00", "it was done before the kernels, and nobody waited for it"
     assert abs(sum(map(float, found.values())) - float(whole)) < 0.06
+
+
+LOAD_KERNELS = """
+import sys
+from profile_service.domain.schema import load_schema
+from profile_service.shard.warm import warm_kernels
+from profile_service.wire.warm import warm_scanning
+warm_kernels(load_schema("marketplace"))
+warm_scanning()
+print(*(name for name in ("numba.np.linalg", "numba.typed.typeddict", "numba.np.npyimpl") if name in sys.modules))
+"""
+
+
+def test_a_process_that_finds_its_kernels_loads_nothing_that_only_compiling_needs() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    for last in (False, True):
+        command = [sys.executable, "-c", LOAD_KERNELS]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        if last:
+            assert done.stdout.split() == [], "the first process left all kernels compiled"

@@ -9,7 +9,7 @@ import numpy as np
 from profile_service.config import Limits
 from profile_service.wire import decode, frame, gather, scan, work
 from profile_service.wire.plan import WirePlan
-from profile_service.wire.warm import compile_kernels
+from profile_service.wire.warm import warm_decoding, warm_scanning
 
 KERNELS = [
     scan._scan,
@@ -28,7 +28,8 @@ def signatures() -> list[int]:
 
 
 def test_another_schema_and_another_message_need_no_other_kernels() -> None:
-    compile_kernels()
+    warm_scanning()
+    warm_decoding()
     compiled = signatures()
     plan = WirePlan.compile(["view", "contact"], [], ["price", "mileage"])
     scanned = scan.scan_batch(memoryview(bytearray(b"\x0a\x00\x12\x01n")), plan, Limits(), 2**62)
