@@ -35,6 +35,17 @@ class Sent:
 
 
 @dataclass(frozen=True)
+class Flood:
+    """What one producer of a flood got rid of."""
+
+    events: int
+    seconds: float
+    """Until the last was acknowledged."""
+    unacknowledged_bytes: int
+    """The most that the transport had taken and nobody had acknowledged."""
+
+
+@dataclass(frozen=True)
 class Latencies:
     """Of requests at a steady rate, each from when it was due."""
 
@@ -92,7 +103,7 @@ class Generator:
         another round."""
         return self._pool.submit(_send_steadily, address, events_per_second, seconds, producers, first_round)
 
-    def flood(self, address: str, seconds: float) -> Future[Sent]:
+    def flood(self, address: str, seconds: float) -> Future[Flood]:
         """One producer sends whatever the transport takes, without waiting for an acknowledgement, and then waits for
         all of them."""
         return self._pool.submit(_flood, address, seconds)
@@ -144,10 +155,10 @@ def _send_steadily(
     return Latencies(due, latency, len(due) * _load.batch_events, time.process_time() - cpu)
 
 
-def _flood(address: str, seconds: float) -> Sent:
-    cpu, began = time.process_time(), time.perf_counter()
-    events = uvloop.run(producing.flood(address, _load, seconds))
-    return Sent(events, time.perf_counter() - began, time.process_time() - cpu)
+def _flood(address: str, seconds: float) -> Flood:
+    began = time.perf_counter()
+    events, unacknowledged_bytes = uvloop.run(producing.flood(address, _load, seconds))
+    return Flood(events, time.perf_counter() - began, unacknowledged_bytes)
 
 
 def _read_steadily(address: str, users: int, requests_per_second: float, seconds: float, seed: int) -> Latencies:

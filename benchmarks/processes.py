@@ -17,8 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from profile_service.errors import ProfileServiceError
 
@@ -209,6 +213,58 @@ def cpu_seconds(root: psutil.Process) -> dict[str, float]:
             continue
         answer[name] = times.user + times.system
     return answer
+
+
+class ResidentMemory:
+    """Resident memory of a process and of those below it, looked at again and again while the `with` lasts."""
+
+    def __init__(self, root: psutil.Process, interval_s: float) -> None:
+        self._root = root
+        self._interval_s = interval_s
+        self._at: list[float] = []
+        self._seen: list[dict[str, int]] = []
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="resident memory", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        # Who is below changes only where something dies; asking costs more than looking.
+        processes = [(process, _named(process)) for process in [self._root, *self._root.children(recursive=True)]]
+        while True:
+            seen = {}
+            for process, name in processes:
+                with suppress(psutil.Error):
+                    seen[name] = process.memory_info().rss
+            self._at.append(time.monotonic())
+            self._seen.append(seen)
+            if self._stopped.wait(self._interval_s):
+                return
+
+    def series(self) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+        """When it looked (`time.monotonic`), and the bytes of each process that was there all the time."""
+        seen = self._seen[: len(self._at)]
+        names = [name for name in seen[0] if all(name in one for one in seen)]
+        return np.array(self._at[: len(seen)]), {name: np.array([one[name] for one in seen], float) for name in names}
+
+
+def _named(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{_role(process)} ({process.pid})"
+    return f"gone ({process.pid})"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a process, by its name in `cpu_seconds` or `ResidentMemory`, runs code of the service: not Ray's."""
+    return name.startswith(("serve ", "FrontendActor ", "ShardActor ", "CoordinatorActor "))
 
 
 def _role(process: psutil.Process) -> str:

@@ -145,27 +145,35 @@ class SteadyProducer:
         return due, self._acknowledged_s[: self._answered] - due
 
 
-async def flood(address: str, load: Load, seconds: float) -> int:
+async def flood(address: str, load: Load, seconds: float) -> tuple[int, int]:
     """One stream that sends whatever the transport takes for so long, without waiting for acknowledgements, and then
-    waits for all of them; returns the events sent."""
-    sent = 0
-
-    async def requests() -> AsyncIterator[bytes]:
-        nonlocal sent
-        yield _named()
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            sent += 1
-            yield _numbered(load.batch((sent - 1) % load.whole_batches, (sent - 1) // load.whole_batches), sent)
-
-    answered = 0
+    waits for all of them; returns the events sent, and the most bytes that were sent and not acknowledged."""
+    sent, answered, most = 0, 0, 0
+    sizes: list[int] = [0]
     async with grpc.aio.insecure_channel(address, options=echo.OPTIONS) as channel:
         stream: Any = channel.stream_stream(STREAM)
-        async for message in stream(requests()):
-            answered = _acknowledged(message, answered)
+        call = stream()
+        await call.write(_named())
+
+        async def listen() -> None:
+            nonlocal answered
+            async for message in call:
+                answered = _acknowledged(message, answered)
+
+        listening = asyncio.create_task(listen())
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not listening.done():
+            round_number, number = divmod(sent, load.whole_batches)
+            message = _numbered(load.batch(number, round_number), sent + 1)
+            await call.write(message)
+            sent += 1
+            sizes.append(sizes[-1] + len(message))
+            most = max(most, sizes[sent] - sizes[answered])
+        await call.done_writing()
+        await listening
     if answered != sent:
         raise BenchmarkError(f"{sent} batches were sent, {answered} were acknowledged")
-    return sent * load.batch_events
+    return sent * load.batch_events, most
 
 
 async def send_steadily(

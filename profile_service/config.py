@@ -21,6 +21,9 @@ LARGEST_SEGMENT_BYTES = 4 * GIB
 MOST_MESSAGE_BYTES = 22 * MIB
 """No limit of a message may be larger: its events and what is noted beside them must fit into one record of the log."""
 
+STREAM_LOOKAHEAD_BYTES = 4 * MIB
+"""What the transport takes in of a stream that is not read just now: 100 MB/s from a producer 40 ms away."""
+
 
 @dataclass(frozen=True)
 class Limits:

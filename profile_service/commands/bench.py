@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from profile_service.commands.options import Json, flag
-from profile_service.config import SyncMode
+from profile_service.config import Capacity, SyncMode
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+CAPACITY = Capacity()
 
 DataDir = Annotated[
     Path | None,
@@ -159,6 +161,45 @@ def snapshot(
         quiet_s=quiet_s,
         rounds=rounds,
         sync=sync,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
+def flood(
+    seconds: Annotated[float, flag("--seconds", "How long the producers send.", min=0.1)] = 10.0,
+    producers: Annotated[int, flag("--producers", "Producers, each in a process of its own.", min=1)] = 4,
+    users: Annotated[int, flag("--users", "Users whom the events are by.", min=1)] = 100_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 4_000,
+    stream_window_bytes: Annotated[
+        int, flag("--stream-window-bytes", "As for serve.", min=1024)
+    ] = CAPACITY.stream_window_bytes,
+    owner_window_bytes: Annotated[
+        int, flag("--owner-window-bytes", "As for serve.", min=1024)
+    ] = CAPACITY.owner_window_bytes,
+    shard_queue_bytes: Annotated[
+        int, flag("--shard-queue-bytes", "As for serve.", min=1024)
+    ] = CAPACITY.shard_queue_bytes,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how much memory producers can make the service take that send faster than it counts.
+
+    Example:  profile-service bench flood --producers 4 --seconds 10
+    """
+    from benchmarks import flood as benchmark
+
+    options = benchmark.Options(
+        seconds=seconds,
+        producers=producers,
+        users=users,
+        batch=batch,
+        stream_window_bytes=stream_window_bytes,
+        owner_window_bytes=owner_window_bytes,
+        shard_queue_bytes=shard_queue_bytes,
         data_dir=data_dir,
         seed=seed,
     )

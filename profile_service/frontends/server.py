@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from profile_service.clock import Clock
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import Topology
-from profile_service.config import Settings
+from profile_service.config import STREAM_LOOKAHEAD_BYTES, Settings
 from profile_service.domain.schema import Schema
 from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallContext
@@ -184,6 +184,10 @@ def _grpc_server(api: Api, servicer: health.aio.HealthServicer, settings: Settin
             ("grpc.max_send_message_length", -1),
             # A port in use shall be an error, not a share of its calls.
             ("grpc.so_reuseport", 0),
+            # Or else gRPC takes in as much ahead of a reader that waits as the connection is fast: 70 MiB of one stream
+            # on one machine.
+            ("grpc.http2.bdp_probe", 0),
+            ("grpc.http2.lookahead_bytes", STREAM_LOOKAHEAD_BYTES),
             # Clients may ping as often as once a second, also between calls.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 1000),

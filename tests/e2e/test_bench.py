@@ -74,3 +74,15 @@ def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     assert result["p99_difference_ms"] == result["during"]["p99_ms"] - result["without"]["p99_ms"]
     assert len(result["snapshots"]) == 2
     assert all(one["seconds"] > 0 and one["bytes"] > 500 * 100 for one in result["snapshots"])
+
+
+def test_producers_without_restraint_are_slowed_and_not_served_with_growing_memory(tmp_path: Path) -> None:
+    mib = 1 << 20
+    windows = ("--stream-window-bytes", str(16 * mib), "--owner-window-bytes", str(4 * mib))
+    load = ("--seconds", "2", "--producers", "4", "--users", "1000", "--batch", "1000")
+    result = bench("flood", tmp_path, *load, *windows, "--shard-queue-bytes", str(4 * mib))
+    message = 1000 * 200
+    bound = 4 * (4 * mib + 16 * mib + 2 * message) + result["shards"] * (8 * mib + message)
+    assert result["growth_bytes"] <= bound
+    assert all(held <= 4 * mib + 16 * mib + 8 * mib for held in result["unacknowledged_bytes"])
+    assert result["events"] > 0
