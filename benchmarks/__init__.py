@@ -8,6 +8,8 @@ measured, measures what it compares in one run, and checks the totals afterwards
     producing.py   streams of batches: as fast as they go, or at a rate that nothing slows down
     reading.py     reads at a rate that nothing slows down
     ingest.py      events a second, what each costs, how soon they are acknowledged, and what durability costs
+    flood.py       what producers without restraint do to resident memory
+    soak.py        whether memory grows or latency drifts in a long time
     peers/         what others do on the same work
     recovery.py    from the start of a shard's process to its first read, by phase
     snapshot.py    what a snapshot does to the time of an acknowledgement

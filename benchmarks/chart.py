@@ -89,8 +89,8 @@ def curves(
     series: dict[str, Sequence[float]],
     *,
     unit: str,
-    spans: Sequence[Span],
-    spans_are: str,
+    spans: Sequence[Span] = (),
+    spans_are: str = "",
 ) -> str:
     """Curves over seconds. Stretches `spans`, explained by `spans_are`, are marked behind them."""
     height = _TOP + 20 + _PLOT_HEIGHT + _BOTTOM
@@ -114,8 +114,15 @@ def curves(
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.4"/>')
         parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
         x += 14 + 6.2 * len(name) + 14
-    parts += [_box(x, _TOP, 10, 10, "#efe6d2"), _text(x + 14, _TOP + 9, spans_are)]
+    if spans_are:
+        parts += [_box(x, _TOP, 10, 10, "#efe6d2"), _text(x + 14, _TOP + 9, spans_are)]
     return _svg(height, parts)
+
+
+def below(upper: str, lower: str) -> str:
+    """Two drawings as one."""
+    heights = [float(drawing.split('height="', 1)[1].split('"', 1)[0]) for drawing in (upper, lower)]
+    return _svg(sum(heights), [upper, f'<g transform="translate(0 {heights[0]:.0f})">', lower, "</g>"])
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from profile_service.config import MIB, STREAM_LOOKAHEAD_BYTES
 _LIKELY_EVENTS_PER_SECOND = 1_000_000
 _BYTES_PER_EVENT = 400
 _EVENTS_PER_USER = 20
-"""Of each producer in its load, but not more events than `_MOST_EVENTS`. They are sent again and again, which counts: those of `MARKETPLACE` have no ids."""
+"""Of each producer in its load, but not more events than `_MOST_EVENTS`. They are sent again and again, and count
+again: events of `MARKETPLACE` have no ids."""
 _MOST_EVENTS = 200_000
 _WARM_UPS = 3
 _INTERVAL_S = 0.05

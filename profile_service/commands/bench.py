@@ -167,6 +167,43 @@ def snapshot(
     _run(benchmark, options, plot, as_json)
 
 
+def soak(
+    schema: BenchSchema = "preferences",
+    minutes: Annotated[float, flag("--minutes", "How long.", min=0.01)] = 30.0,
+    users: Annotated[int, flag("--users", "Users whom the events are by.", min=1)] = 100_000,
+    share: Share = 0.7,
+    reads: Annotated[float, flag("--reads", "Reads a second.", min=0.1)] = 500.0,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 4_000,
+    producers: Annotated[int, flag("--producers", "Streams at once.", min=1)] = 2,
+    snapshot_interval_s: Annotated[float, flag("--snapshot-interval-s", "As for serve.", min=0.1)] = 60.0,
+    shards: Shards = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures whether memory grows or latency drifts in a long time of work, with snapshots and reads.
+
+    Example:  profile-service bench soak --minutes 30 --plot soak.svg
+    """
+    from benchmarks import soak as benchmark
+
+    options = benchmark.Options(
+        schema=schema,
+        minutes=minutes,
+        users=users,
+        share=share,
+        reads=reads,
+        batch=batch,
+        producers=producers,
+        snapshot_interval_s=snapshot_interval_s,
+        shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def flood(
     seconds: Annotated[float, flag("--seconds", "How long the producers send.", min=0.1)] = 10.0,
     producers: Annotated[int, flag("--producers", "Producers, each in a process of its own.", min=1)] = 4,

@@ -184,8 +184,8 @@ def _grpc_server(api: Api, servicer: health.aio.HealthServicer, settings: Settin
             ("grpc.max_send_message_length", -1),
             # A port in use shall be an error, not a share of its calls.
             ("grpc.so_reuseport", 0),
-            # Or else gRPC takes in as much ahead of a reader that waits as the connection is fast: 70 MiB of one stream
-            # on one machine.
+            # Or else gRPC takes in as much ahead of a reader that waits as the connection is fast: some 40 MiB a stream
+            # where both ends are on one machine.
             ("grpc.http2.bdp_probe", 0),
             ("grpc.http2.lookahead_bytes", STREAM_LOOKAHEAD_BYTES),
             # Clients may ping as often as once a second, also between calls.

@@ -76,6 +76,20 @@ def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     assert all(one["seconds"] > 0 and one["bytes"] > 500 * 100 for one in result["snapshots"])
 
 
+def test_a_soak_keeps_exact_totals_and_tells_growth_and_drift(tmp_path: Path) -> None:
+    flags = ("--minutes", "0.1", "--users", "500", "--batch", "100", "--share", "0.2", "--reads", "50")
+    result = bench("soak", tmp_path, *flags, "--snapshot-interval-s", "1")
+    assert result["events"] == pytest.approx(6 * result["events_per_second"], rel=0.1)
+    assert result["read"]["requests"] == 300
+    assert result["snapshots"] > 2
+    for name in ("acknowledgement", "read"):
+        figures = result[name]
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["p99.9_ms"] <= figures["max_ms"]
+        assert len(figures["p99_ms_by_span"]) >= 9
+    assert {name.split()[0] for name in result["memory"]["processes"]} >= {"serve", "FrontendActor", "ShardActor"}
+    assert len(result["costs"]) == 3
+
+
 def test_producers_without_restraint_are_slowed_and_not_served_with_growing_memory(tmp_path: Path) -> None:
     mib = 1 << 20
     windows = ("--stream-window-bytes", str(16 * mib), "--owner-window-bytes", str(4 * mib))
