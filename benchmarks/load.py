@@ -19,6 +19,7 @@ from profile_service.domain.schema import load_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.files.encode import EncodedEvents
 from profile_service.sample import bundled_listings, generate_events, serialize_events
+from profile_service.shard.shard import SLICE_EVENTS
 from profile_service.wire.decode import decode_events
 from profile_service.wire.gather import gather
 from profile_service.wire.plan import WirePlan
@@ -79,8 +80,8 @@ class Load:
             columns = decode_events(events, plan, now_ns)
             marks.append(time.thread_time())
             table.has_room(columns.count, len(events))
-            for start in range(0, columns.count, 2048):
-                table.apply(columns, start, min(start + 2048, columns.count), now_ns)
+            for start in range(0, columns.count, SLICE_EVENTS):
+                table.apply(columns, start, min(start + SLICE_EVENTS, columns.count), now_ns)
             marks.append(time.thread_time())
             for name, before, after in zip(samples, marks, marks[1:], strict=False):
                 samples[name].append((after - before) / max(1, columns.count) * 1e6)
