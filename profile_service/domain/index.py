@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from profile_service.domain.hashing import xxh64
-from profile_service.domain.kernel import copy_bytes, leaf_kernel, load_u64, prefetch, to_i64
+from profile_service.domain.kernel import copy_bytes, inlined_kernel, leaf_kernel, load_u64, prefetch, to_i64
 from profile_service.domain.memory import reserve
 
 _LENGTH_BITS = 16
@@ -59,7 +59,7 @@ class IndexArrays(NamedTuple):
     """How it goes on."""
 
 
-@leaf_kernel
+@inlined_kernel
 def _is_equal(arena: NDArray[np.uint8], place: int, buffer: NDArray[np.uint8], start: int, length: int) -> bool:
     k = 0
     while k + 8 <= length:
@@ -390,6 +390,8 @@ class ByteIndex:
         self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
         self._free: NDArray[np.int64] = reserve(_PLACELESS + 1 if reuse_by_length else 1, np.int64)
         self._state = np.zeros(4, dtype=np.int64)
+        self.arrays = self._arrays()
+        """For kernels, until `make_room` is called again."""
 
     def __len__(self) -> int:
         return int(self._state[_COUNT])
@@ -398,11 +400,6 @@ class ByteIndex:
     def high_water(self) -> int:
         """Numbers below this one have been in use at some time."""
         return int(self._state[HIGH_WATER])
-
-    @property
-    def arrays(self) -> IndexArrays:
-        """For kernels, until `make_room` is called again."""
-        return IndexArrays(self._slots, self._entries, self._arena, self._state, self._free, self._next_free)
 
     @property
     def memory_bytes(self) -> int:
@@ -424,7 +421,11 @@ class ByteIndex:
             slots = np.zeros(needed, dtype=np.uint64)
             _rehash(self._slots, self._entries, slots)
             self._slots = slots
+            self.arrays = self._arrays()
         return True
+
+    def _arrays(self) -> IndexArrays:
+        return IndexArrays(self._slots, self._entries, self._arena, self._state, self._free, self._next_free)
 
     def find(
         self,

@@ -74,11 +74,12 @@ class ProfileTable:
         self._rows = rows
         self._views = self.layout.views_of(self._rows)
         values = [value.encode() for value in layout.values]
-        self._values = ByteIndex(len(values), sum(map(len, values)))
-        self._values.add(values)
+        listed = ByteIndex(len(values), sum(map(len, values)))
+        listed.add(values)
         features = layout.features
         self._interned = sorted({f.attribute for f in features if f.interns})
         self._constant: tuple[Any, ...] = (
+            *listed.arrays,
             layout.template,
             layout.header,
             *layout.whole_views_of(rows),
@@ -152,7 +153,6 @@ class ProfileTable:
         arguments: tuple[Any, ...] = (
             *self.users.arrays,
             *self.texts.arrays,
-            *self._values.arrays,
             *self._constant,
             columns.buffer,
             columns.user_offset,

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from profile_service.domain.decay import NO_LANDMARK, half_life_to_ns
+from profile_service.domain.kernel import inlined_kernel, to_i64
 from userprofile.v1 import profile_pb2
 
 VIEW_DTYPES: dict[str, np.dtype[Any]] = {
@@ -63,6 +64,13 @@ OPERATION_ENTRIES = OWN + 9
 ABSENT = -2
 UNLISTED = -1
 """`Events.value_numbers` of an event without the attribute, and of one whose value no feature lists."""
+
+
+@inlined_kernel
+def entry(operation: NDArray[np.int64], place: int) -> int:
+    """An entry that is a slot or a count. As the compiler sees that it has no sign, it spares each index made of it the
+    look whether it counts from the end."""
+    return to_i64(operation[place] & 0x7FFFFFFF)
 
 
 class Tables(NamedTuple):

@@ -40,6 +40,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -81,7 +82,7 @@ def update(
 ) -> None:
     """Adds the events' weights to their values' slots."""
     f4, i8 = views.f4, views.i8
-    slot, count, landmark = operation[SLOT], operation[COUNT], operation[LANDMARK]
+    slot, count, landmark = entry(operation, SLOT), entry(operation, COUNT), entry(operation, LANDMARK)
     codes = tables.codes[operation[CODES] :]
     weight = tables.reals[operation[WEIGHTS] :]
     grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]

@@ -21,6 +21,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -39,7 +40,7 @@ def update(
 ) -> None:
     """Adds the events' weights, or counts them where nothing decays."""
     f8, i8 = views.f8, views.i8
-    slot, landmark = operation[SLOT], operation[LANDMARK]
+    slot, landmark = entry(operation, SLOT), operation[LANDMARK]
     weight = tables.reals[operation[WEIGHTS] :]
     grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
     for i in range(len(rows)):

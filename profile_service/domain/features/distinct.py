@@ -27,6 +27,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel, kernel, leading_zeros, leaf_kernel
 from userprofile.v1 import profile_pb2
@@ -48,7 +49,7 @@ def update(
 ) -> None:
     """Raises the register of each event's value to its rank."""
     u1 = views.u1
-    registers, precision = operation[REGISTERS], operation[PRECISION]
+    registers, precision = entry(operation, REGISTERS), entry(operation, PRECISION)
     weight = tables.reals[operation[WEIGHTS] :]
     lengths = events.text_lengths[operation[ATTRIBUTE]][events.first :]
     hashes = events.text_hashes[operation[ATTRIBUTE]][events.first :]

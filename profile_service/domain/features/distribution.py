@@ -37,6 +37,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel, to_i64
 from userprofile.v1 import profile_pb2
@@ -124,7 +125,7 @@ def update(
 ) -> None:
     """Adds the events' values to moments and bins."""
     f8, f4, i8 = views.f8, views.f4, views.i8
-    moments, bins, landmark = operation[MOMENTS], operation[BINS], operation[LANDMARK]
+    moments, bins, landmark = entry(operation, MOMENTS), entry(operation, BINS), entry(operation, LANDMARK)
     edges = tables.reals[operation[EDGES] : operation[EDGES] + operation[EDGE_COUNT]]
     guesses = tables.codes[operation[GUESSES] : operation[GUESSES] + operation[GUESS_COUNT]]
     shift, lowest = operation[GUESS_SHIFT], operation[LOWEST_KEY]

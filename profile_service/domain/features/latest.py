@@ -23,6 +23,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -43,7 +44,7 @@ def update(
 ) -> None:
     """Takes the values that are as new as what is held, or newer."""
     u4, i8 = views.u4, views.i8
-    held, when = operation[HELD], operation[WHEN]
+    held, when = entry(operation, HELD), entry(operation, WHEN)
     weight = tables.reals[operation[WEIGHTS] :]
     values = events.text_ids[operation[ATTRIBUTE]]
     for i in range(len(rows)):

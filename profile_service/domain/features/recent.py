@@ -24,6 +24,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -47,7 +48,7 @@ def update(
 ) -> None:
     """Puts the values in their places by time."""
     u4, i8 = views.u4, views.i8
-    ids, times, size = operation[IDS], operation[TIMES], operation[SIZE]
+    ids, times, size = entry(operation, IDS), entry(operation, TIMES), entry(operation, SIZE)
     weight = tables.reals[operation[WEIGHTS] :]
     values = events.text_ids[operation[ATTRIBUTE]]
     for i in range(len(rows)):

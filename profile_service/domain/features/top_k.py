@@ -41,6 +41,7 @@ from profile_service.domain.features.base import (
     SlotStarts,
     Tables,
     Weights,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -71,8 +72,13 @@ def update(
 ) -> None:
     """Adds the events' weights to their values' counters."""
     f8, f4, u4, i8 = views.f8, views.f4, views.u4, views.i8
-    total, counters, ids, k = operation[TOTAL], operation[COUNTERS], operation[IDS], operation[K]
-    landmark = operation[LANDMARK]
+    total, counters, ids, k = (
+        entry(operation, TOTAL),
+        entry(operation, COUNTERS),
+        entry(operation, IDS),
+        entry(operation, K),
+    )
+    landmark = entry(operation, LANDMARK)
     weight = tables.reals[operation[WEIGHTS] :]
     grid, mantissa = events.grids[operation[HALF_LIFE]], events.mantissas[operation[HALF_LIFE]]
     values = events.text_ids[operation[ATTRIBUTE]]

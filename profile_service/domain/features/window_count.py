@@ -27,6 +27,7 @@ from profile_service.domain.features.base import (
     SlotAllocator,
     SlotStarts,
     Tables,
+    entry,
 )
 from profile_service.domain.kernel import inlined_kernel
 from userprofile.v1 import profile_pb2
@@ -59,7 +60,7 @@ def update(
 ) -> None:
     """Counts the events in their buckets."""
     u4, i8 = views.u4, views.i8
-    ring, length, head = operation[RING], operation[LENGTH], operation[HEAD]
+    ring, length, head = entry(operation, RING), entry(operation, LENGTH), entry(operation, HEAD)
     bucket_ns = operation[BUCKET_NS]
     weight = tables.reals[operation[WEIGHTS] :]
     bucket = begin = 0
