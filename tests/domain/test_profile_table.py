@@ -198,6 +198,36 @@ def test_a_long_history_of_one_user_stays_within_the_bound() -> None:
     check(table, oracle, NOW_NS)
 
 
+def test_where_a_group_of_events_is_cut_changes_no_bit() -> None:
+    """Several of the kernel's blocks at once, or pieces that fit none of them."""
+    rng = np.random.default_rng(11)
+    batch = [
+        Event(
+            f"u{user}",
+            ("view", "buy")[int(user) % 2],
+            NOW_NS - int(age),
+            {"color": ("red", "blue", "pink")[make % 3], "make": f"m{make}", "price": float(price)},
+        )
+        for user, age, make, price in zip(
+            rng.integers(0, 40, 1000),
+            rng.integers(0, 400 * DAY_NS, 1000),
+            rng.integers(0, 90, 1000),
+            rng.lognormal(3, 2, 1000),
+            strict=True,
+        )
+    ]
+    whole, pieces = fresh_table(), fresh_table()
+    apply(whole, batch)
+    start = 0
+    while start < len(batch):
+        stop = start + int(rng.integers(1, 150))
+        apply(pieces, batch[start:stop])
+        start = stop
+    users = {event.user for event in batch}
+    assert all(whole.profile(user, NOW_NS) == pieces.profile(user, NOW_NS) for user in users)
+    assert whole.population.to_state(whole.texts) == pieces.population.to_state(pieces.texts)
+
+
 def test_a_user_removed_and_seen_again_starts_fresh() -> None:
     table, oracle = fresh_table(), ProfileOracle(SCHEMA)
     apply(table, [Event("u1", "buy", NOW_NS, {"color": "red", "price": 3.0, "make": "vw"})] * 5)
