@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import errno
+import random
 import socket
+from pathlib import Path
 
 from profile_service.config import Settings
 from profile_service.errors import StartupError
 
+LOWEST_PORT = 20_000
+"""Ray takes those below for its own processes."""
+
+_EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_TRIES = 20
+
 
 def bind(settings: Settings, port: int, flag: str) -> socket.socket:
-    """A TCP socket bound to settings.host:port, not listening yet.
+    """A TCP socket bound to settings.host:port, not listening yet; for port 0 to a free one.
+
+    A free port is one that outgoing connections are not given: it is closed again until the frontend's process opens
+    it, and whenever that process is restarted, and in between any connection of the machine could take it away.
 
     Raises StartupError that names the port and the flag that gives another.
     """
+    if port == 0:
+        listening = range(LOWEST_PORT, _lowest_ephemeral_port())
+        for drawn in random.SystemRandom().choices(listening, k=_TRIES) if listening else ():
+            try:
+                return _bind(settings, drawn, flag)
+            except StartupError:
+                continue
+    return _bind(settings, port, flag)
+
+
+def _lowest_ephemeral_port() -> int:
+    try:
+        return int(_EPHEMERAL_RANGE.read_text().split()[0])
+    except OSError:  # not Linux: the range that is registered for it
+        return 49_152
+
+
+def _bind(settings: Settings, port: int, flag: str) -> socket.socket:
     try:
         family = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
