@@ -26,7 +26,7 @@ from profile_service.cluster.batches import Part
 from profile_service.cluster.owner_stream import OwnerStream
 from profile_service.config import MIB
 from profile_service.errors import InvalidArgument, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
-from profile_service.wire.framing import message_field
+from profile_service.wire.apply_request import encode_request
 from userprofile.internal.v1 import shard_pb2
 
 METHOD = "/userprofile.internal.v1.ShardService/Apply"
@@ -36,8 +36,6 @@ MESSAGE_BYTES = MIB
 OVERLOAD_RETRY_S = 0.1
 FULL_RETRY_S = 1.0
 """A full disk gets room by a snapshot, or by a person."""
-
-_PARTS_FIELD = 3
 
 Status = shard_pb2.ApplyResponse.Status
 
@@ -122,11 +120,7 @@ class ApplyStream(OwnerStream):
             return None
         self._last_request_id += 1
         self._sent[self._last_request_id] = parts
-        header = shard_pb2.ApplyRequest(request_id=self._last_request_id, epoch=self._epoch()).SerializeToString()
-        pieces = [header]
-        for part in parts:
-            pieces += (message_field(_PARTS_FIELD, part.encoded), part.encoded)
-        return b"".join(pieces)
+        return encode_request(self._last_request_id, self._epoch(), [part.content for part in parts])
 
     def _take_answer(self, message: bytes) -> bool:
         applied = False

@@ -15,6 +15,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from profile_service.errors import ProfileServiceError
+from profile_service.wire.apply_request import ApplyPart
 
 
 class Lane:
@@ -83,8 +84,7 @@ class Part:
     batch: Batch
     serial: int
     """Rises with each part that the router makes: the order in which parts of a lane must be sent."""
-    encoded: bytes
-    """An ApplyRequest.Part."""
+    content: ApplyPart
     alone: bool = field(default=False)
     """Sent in a message of its own, after a message that held it was refused as malformed."""
 
@@ -96,4 +96,4 @@ class Part:
     @property
     def size_bytes(self) -> int:
         """What it counts against bounds."""
-        return len(self.encoded)
+        return self.content.size_bytes

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from grpc import StatusCode, aio
@@ -27,6 +28,7 @@ from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits
 from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
+from profile_service.wire.apply_request import ApplyPart
 from profile_service.wire.gather import gather, split_by_owner
 from profile_service.wire.scan import ScannedBatch
 from userprofile.internal.v1 import shard_pb2
@@ -54,7 +56,7 @@ class Router:
     def __init__(
         self,
         source: Callable[[], Awaitable[Topology]],
-        scan: Callable[[bytes, int], ScannedBatch],
+        scan: Callable[[bytes | memoryview, int], ScannedBatch],
         limits: Limits,
         capacity: Capacity,
     ) -> None:
@@ -142,7 +144,7 @@ class Router:
             await full[0].applies.wait_for_space()
         batch = lane.open_batch(len(touched))
         for link, selection in touched:
-            part = shard_pb2.ApplyRequest.Part(
+            part = ApplyPart(
                 producer_id=lane.producer_id,
                 sequence=sequence,
                 acknowledged_sequence=acknowledged_sequence,
@@ -181,9 +183,7 @@ class Router:
             return
         lane = Lane(producer_id, patient=True)
         batch = lane.open_batch(1)
-        part = shard_pb2.ApplyRequest.Part(
-            producer_id=producer_id, acknowledged_sequence=sequence, arrival_time_ns=now_ns
-        )
+        part = ApplyPart(producer_id=producer_id, acknowledged_sequence=sequence, arrival_time_ns=now_ns)
         self._put(link, batch, part)
         late = asyncio.get_running_loop().call_later(
             PATIENCE_S, lane.fail, Unavailable("its owner cannot be reached", retry_after_s=1.0)
@@ -341,13 +341,13 @@ class Router:
         for link in leaving:
             await link.close()
 
-    def _put(self, link: ShardLink, batch: Batch, part: shard_pb2.ApplyRequest.Part) -> None:
+    def _put(self, link: ShardLink, batch: Batch, part: ApplyPart) -> None:
         self._last_serial += 1
-        link.applies.put(Part(batch, self._last_serial, part.SerializeToString()))
+        link.applies.put(Part(batch, self._last_serial, part))
 
     def _put_again(self, waiting: Part) -> None:
         """Splits a part by the owners of now."""
-        part = shard_pb2.ApplyRequest.Part.FromString(waiting.encoded)
+        part = waiting.content
         if not part.events:
             self._put(self._owner_of(part.producer_id), waiting.batch, part)
             return
@@ -359,9 +359,9 @@ class Router:
         waiting.batch.split_further(len(touched))
         for position in touched:
             selection = order[start[position] : start[position + 1]]
-            part.events = gather(scanned.buffer, scanned.offset, scanned.length, selection)
-            part.event_count = len(selection)
-            self._put(self._by_position[position], waiting.batch, part)
+            events = gather(scanned.buffer, scanned.offset, scanned.length, selection)
+            share = replace(part, events=events, event_count=len(selection))
+            self._put(self._by_position[position], waiting.batch, share)
 
     def _owner_of(self, name: str) -> ShardLink:
         """Whoever owns the partition of a user, or of something else that is to have one place."""

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from profile_service.allocator import keep_freed_memory
 from profile_service.clock import system_clock
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
@@ -37,6 +38,8 @@ class FrontendActor:
         self, schema: Schema, settings: Settings, coordinator: ActorHandle[Any]
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
+
+        keep_freed_memory()
 
         async def topology() -> Topology:
             current: Topology = await coordinator.topology.remote()

@@ -8,7 +8,7 @@ from typing import NoReturn
 from profile_service.errors import Unavailable
 from profile_service.shard.health import FAILED, Health
 from profile_service.shard.shard import Sender, ShardCounters
-from userprofile.internal.v1 import shard_pb2
+from profile_service.wire.apply_request import ApplyPart
 
 RECOVERING_RETRY_S = 0.5
 FAILED_RETRY_S = 10.0
@@ -30,7 +30,7 @@ class AbsentShard:
         self._health = health
 
     async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+        self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:
         """Raises Unavailable."""
         self._refuse()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 
+from profile_service.allocator import keep_freed_memory
 from profile_service.config import Settings
 from profile_service.shard.preload import Preload
 
@@ -58,6 +59,7 @@ class ShardActor:
         directory: Path,
     ) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s shard {shard_id} %(levelname)s %(message)s")
+        keep_freed_memory()
         preload = Preload(directory)
         from profile_service.shard.process import ShardProcess
 

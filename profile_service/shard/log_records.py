@@ -1,7 +1,7 @@
 """What a shard writes into its log: payloads of records, to and from bytes. Every change of its state is one of them.
 
-RECORD_EVENTS   an encoded ApplyRequest.Part with only the events that are counted; one without events tells up to
-                where its producer is acknowledged
+RECORD_EVENTS   an encoded ApplyRequest.Part (`wire.apply_request`) with only the events that are counted; one without
+                events tells up to where its producer is acknowledged
 RECORD_FORGET   user ids whose profiles are removed, each behind its length in two bytes (little-endian)
 RECORD_SCHEMA   an encoded SchemaRecord: rows are of this schema from here on; the first record of every log
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from profile_service.wire.framing import message_field
-from userprofile.internal.v1 import shard_log_pb2, shard_pb2
+from userprofile.internal.v1 import shard_log_pb2
 
 RECORD_EVENTS = 1
 RECORD_FORGET = 2
@@ -21,24 +20,6 @@ RECORD_OVERHEAD_BYTES = 1024
 """More than a record of events has beside the events: the producer's id is bounded, the rest are numbers."""
 
 _ID_LENGTH_BYTES = 2
-
-
-def encode_events(part: shard_pb2.ApplyRequest.Part, events: bytes, count: int) -> tuple[bytes, ...]:
-    """The part with these `count` events in place of its own, without copying them: the fields of a message may stand
-    in any order."""
-    rest = shard_pb2.ApplyRequest.Part(
-        producer_id=part.producer_id,
-        sequence=part.sequence,
-        acknowledged_sequence=part.acknowledged_sequence,
-        arrival_time_ns=part.arrival_time_ns,
-        event_count=count,
-    ).SerializeToString()
-    return rest, message_field(shard_pb2.ApplyRequest.Part.EVENTS_FIELD_NUMBER, events), events
-
-
-def decode_part(payload: memoryview) -> shard_pb2.ApplyRequest.Part:
-    """A record of events. Raises google.protobuf.message.DecodeError."""
-    return shard_pb2.ApplyRequest.Part.FromString(bytes(payload))
 
 
 def encode_forget(user_ids: Sequence[bytes]) -> list[bytes]:

@@ -35,7 +35,6 @@ from profile_service.shard.log_records import (
     RECORD_FORGET,
     RECORD_SCHEMA,
     decode_forget,
-    decode_part,
     decode_schema,
     encode_schema,
 )
@@ -44,6 +43,7 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.fs import FileSystem, Lock
 from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
 from profile_service.storage.wal import LogOptions, Record, Runner, WriteAheadLog
+from profile_service.wire.apply_request import decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
 

@@ -33,6 +33,7 @@ from profile_service.errors import (
 )
 from profile_service.shard.health import Health
 from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
+from profile_service.wire.apply_request import ApplyPart, decode_request
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "userprofile.internal.v1.ShardService"
@@ -64,7 +65,7 @@ class ServedShard(Protocol):
     epoch: int
 
     async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+        self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:
         """As Shard.submit."""
 
@@ -156,22 +157,24 @@ class ShardServer:
         sender = Sender()
 
         async def take(encoded: bytes) -> None:
-            request = shard_pb2.ApplyRequest.FromString(encoded)
-            submission = None if sender.refused else await self._submit(request, len(encoded), sender)
+            request_id, epoch, parts = decode_request(encoded)
+            submission = None if sender.refused else await self._submit(parts, len(encoded), epoch, sender)
             refused = submission is not None and submission.done() and submission.exception() is not None
             # Known before the next request is read.
             sender.refused |= refused
-            exchange.run(self._apply_result(request.request_id, submission, refused=refused), len(encoded))
+            exchange.run(self._apply_result(request_id, submission, refused=refused), len(encoded))
 
         async for results in exchange.carry(requests, take, context):
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
 
-    async def _submit(self, request: shard_pb2.ApplyRequest, size_bytes: int, sender: Sender) -> asyncio.Task[None]:
+    async def _submit(
+        self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender
+    ) -> asyncio.Task[None]:
         """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a
         while: meanwhile the stream is not read, and no later request can get ahead."""
         give_up_at = asyncio.get_running_loop().time() + OVERLOAD_PATIENCE_S
         while True:
-            submission = asyncio.create_task(self._shard.submit(request.parts, size_bytes, request.epoch, sender))
+            submission = asyncio.create_task(self._shard.submit(parts, size_bytes, epoch, sender))
             # `submit` takes or refuses before it first waits.
             await asyncio.sleep(0)
             refusal = submission.exception() if submission.done() else None

@@ -19,7 +19,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xxhash
@@ -42,7 +42,6 @@ from profile_service.shard.log_records import (
     RECORD_EVENTS,
     RECORD_FORGET,
     RECORD_OVERHEAD_BYTES,
-    encode_events,
     encode_forget,
 )
 from profile_service.shard.snapshotter import Snapshotter
@@ -50,10 +49,10 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.fs import DiskFull
 from profile_service.storage.record import MAX_PAYLOAD_BYTES
 from profile_service.storage.wal import WriteAheadLog
+from profile_service.wire.apply_request import ApplyPart, encode_part
 from profile_service.wire.decode import decode_events
 from profile_service.wire.gather import gather_events
 from profile_service.wire.plan import WirePlan
-from userprofile.internal.v1 import shard_pb2
 
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""
@@ -111,7 +110,7 @@ class Sender:
 
 @dataclass
 class _Submission:
-    parts: Sequence[shard_pb2.ApplyRequest.Part]
+    parts: Sequence[ApplyPart]
     size_bytes: int
     epoch: int
     sender: Sender
@@ -122,9 +121,7 @@ class _Submission:
 class _Checked:
     """A part whose events can be counted."""
 
-    part: shard_pb2.ApplyRequest.Part
-    events: bytes
-    """The part's events as they came."""
+    part: ApplyPart
     columns: EventColumns
     partitions: NDArray[np.int64]
 
@@ -183,7 +180,7 @@ class Shard:
         snapshotter.on_ready(self._wake.set)
 
     async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, sender: Sender | None = None
+        self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:
         """Returns when every event of the parts is durable and readable.
 
@@ -311,12 +308,10 @@ class Shard:
             self._check_epoch(submission.epoch)
             checked = []
             for part in submission.parts:
-                # Each access to the field copies it: once is enough.
-                events = part.events
-                if len(events) > MAX_PAYLOAD_BYTES - RECORD_OVERHEAD_BYTES:
+                if len(part.events) > MAX_PAYLOAD_BYTES - RECORD_OVERHEAD_BYTES:
                     most = f"a record of the log holds {MAX_PAYLOAD_BYTES}"
-                    raise InvalidArgument("parts.events", f"has {len(events)} bytes, {most}")
-                columns = decode_events(events, self._plan, part.arrival_time_ns)
+                    raise InvalidArgument("parts.events", f"has {len(part.events)} bytes, {most}")
+                columns = decode_events(part.events, self._plan, part.arrival_time_ns)
                 if columns.count != part.event_count:
                     raise InvalidArgument(
                         "parts.event_count", f"says {part.event_count}, the bytes hold {columns.count}"
@@ -324,7 +319,7 @@ class Shard:
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)
-                checked.append(_Checked(part, events, columns, partitions))
+                checked.append(_Checked(part, columns, partitions))
         except ProfileServiceError as error:
             _fail(submission, error)
             return None
@@ -333,7 +328,7 @@ class Shard:
     async def _make_room_for(self, checked: list[tuple[_Submission, list[_Checked]]]) -> bool:
         """Whether the log has room for the group; otherwise the group is refused, and nothing has changed."""
         parts = [part for _, parts in checked for part in parts]
-        if await self._make_room(sum(len(part.events) + RECORD_OVERHEAD_BYTES for part in parts), len(parts)):
+        if await self._make_room(sum(len(one.part.events) + RECORD_OVERHEAD_BYTES for one in parts), len(parts)):
             return True
         for submission, _ in checked:
             _fail(submission, StorageFull(self._health.message, retry_after_s=FULL_RETRY_S))
@@ -355,7 +350,8 @@ class Shard:
 
     def _append(self, checked: _Checked) -> tuple[EventColumns, int] | None:
         """Appends what of a part was not counted before, and returns what is to be applied; None for nothing."""
-        part, columns, events = checked.part, checked.columns, checked.events
+        part, columns = checked.part, checked.columns
+        only_tells = part.producer_id and not part.event_count
         fresh = self._state.admit(
             part.producer_id,
             part.sequence,
@@ -366,10 +362,11 @@ class Shard:
         )
         if fresh is not None:
             chosen = np.flatnonzero(fresh)
-            columns, events = columns.select(chosen), gather_events(events, chosen)
-        if not columns.count and not (part.producer_id and not part.event_count):
+            columns = columns.select(chosen)
+            part = replace(part, events=gather_events(part.events, chosen), event_count=columns.count)
+        if not columns.count and not only_tells:
             return None
-        self._log.append(RECORD_EVENTS, encode_events(part, events, columns.count))
+        self._log.append(RECORD_EVENTS, encode_part(part))
         return columns, part.arrival_time_ns
 
     async def _apply(self, columns: EventColumns, received_ns: int) -> None:

@@ -57,7 +57,7 @@ def decode_events(
 
 
 def decode_batches(
-    batches: Sequence[bytes], counts: Sequence[int], plan: WirePlan, arrival_times_ns: Sequence[int]
+    batches: Sequence[bytes | memoryview], counts: Sequence[int], plan: WirePlan, arrival_times_ns: Sequence[int]
 ) -> EventColumns:
     """Decodes batches as `decode_events` does, each with its number of events and its time of arrival, into one set of
     columns: what many small ones cost beside their events is paid once.

@@ -12,21 +12,26 @@ from profile_service.wire.work import LAST
 
 def gather(
     buffer: NDArray[np.uint8], offset: NDArray[np.int64], length: NDArray[np.int32], selection: NDArray[np.int64]
-) -> bytes:
+) -> memoryview:
     """The selected extents one after the other: an encoded IngestEventsRequest that holds just these events, in this
-    order.
+    order. A view into `buffer` where they follow each other there.
 
     Raises IndexError where the selection or an extent is out of bounds.
     """
     size = _gathered_size(buffer, offset, length, selection)
     if size < 0:
         raise IndexError(f"selection[{-1 - size}] is not an event of the batch")
+    if size:
+        begin, last = int(offset[selection[0]]), selection[-1]
+        in_order = bool((selection[1:] > selection[:-1]).all())
+        if in_order and int(offset[last]) + int(length[last]) - begin == size:
+            return buffer.data[begin : begin + size]
     joined = np.empty(size, np.uint8)
     _gather(buffer, offset, length, selection, joined)
-    return joined.tobytes()
+    return joined.data
 
 
-def gather_events(events: bytes, selection: NDArray[np.int64]) -> bytes:
+def gather_events(events: bytes | memoryview, selection: NDArray[np.int64]) -> memoryview:
     """The selected events, by index, of an encoded IngestEventsRequest that holds events alone, as another one.
 
     Raises IndexError where the selection is out of bounds.

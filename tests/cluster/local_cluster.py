@@ -20,11 +20,11 @@ from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard, ShardCounters
 from profile_service.shard.warm import warm_kernels
 from profile_service.storage.crashing_fs import CrashingFileSystem
+from profile_service.wire.apply_request import ApplyPart
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import ScannedBatch, scan_batch
 from profile_service.wire.warm import warm_scanning
 from tests.shard.shards import make_shard, recovered
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
 
 SCHEMA = parse_schema(
@@ -53,7 +53,7 @@ def encode(user_ids: Iterable[str], *, event_type: str = "view", **fields: Any) 
     return cast(bytes, request.SerializeToString())
 
 
-def scan(message: bytes, now_ns: int | None = None) -> ScannedBatch:
+def scan(message: bytes | memoryview, now_ns: int | None = None) -> ScannedBatch:
     return scan_batch(message, PLAN, Limits(), system_clock() if now_ns is None else now_ns)
 
 
@@ -196,12 +196,10 @@ class FakeShard:
         self.shard_id = shard_id
         self.epoch = epoch
         self.owned = set(owned)
-        self.requests: list[list[shard_pb2.ApplyRequest.Part]] = []
+        self.requests: list[list[ApplyPart]] = []
         """Parts of each request that was taken."""
 
-    async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-    ) -> None:
+    async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         self.requests.append(list(parts))
 
     def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:

@@ -22,8 +22,8 @@ from profile_service.errors import (
     StorageFull,
     Unavailable,
 )
+from profile_service.wire.apply_request import ApplyPart
 from tests.cluster.local_cluster import PARTITION_BITS, FakeShard, encode, running, scan, until
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2, profile_pb2
 
 USERS = [f"u{number}" for number in range(40)]
@@ -54,9 +54,7 @@ async def test_what_waits_travels_together() -> None:
     release = asyncio.Event()
 
     class Slow(FakeShard):
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             await super().submit(parts, size_bytes, epoch)
             await release.wait()
 
@@ -83,9 +81,7 @@ async def test_a_batch_that_names_its_producer_survives_a_lost_connection_and_co
     class Forgetful(FakeShard):
         """Takes everything, and never answers its first request."""
 
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             await super().submit(parts, size_bytes, epoch)
             applied.set()
             if len(self.requests) == 1:
@@ -108,9 +104,7 @@ async def test_an_anonymous_batch_that_may_have_been_counted_is_not_sent_again()
     applied = asyncio.Event()
 
     class Silent(FakeShard):
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             await super().submit(parts, size_bytes, epoch)
             applied.set()
             await asyncio.Event().wait()
@@ -144,9 +138,7 @@ class Recovering(FakeShard):
 
     there = False
 
-    async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-    ) -> None:
+    async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         self._refuse()
         await super().submit(parts, size_bytes, epoch)
 
@@ -189,9 +181,7 @@ class Full(FakeShard):
 
     full = True
 
-    async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-    ) -> None:
+    async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         if self.full:
             raise StorageFull(f"the disk of shard {self.shard_id} is full", 1.0)
         await super().submit(parts, size_bytes, epoch)
@@ -307,9 +297,7 @@ async def test_a_full_window_refuses_single_batches_and_holds_streams_back() -> 
     release = asyncio.Event()
 
     class Slow(FakeShard):
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             await super().submit(parts, size_bytes, epoch)
             await release.wait()
 
@@ -346,9 +334,7 @@ async def test_a_call_that_is_given_up_releases_what_it_holds() -> None:
 
 async def test_a_malformed_part_spoils_no_other() -> None:
     class Picky(FakeShard):
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             if any(part.producer_id == "bad" for part in parts):
                 raise InvalidArgument("parts", "cannot be read")
             await super().submit(parts, size_bytes, epoch)
@@ -403,9 +389,7 @@ class Mover(FakeShard):
         super().__init__(shard_id, epoch, owned)
         self.turn = asyncio.Lock()
 
-    async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-    ) -> None:
+    async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         if epoch != self.epoch:
             raise NotMine("another epoch", self.epoch)
         self.dice.append((self.dice[-1] * 1_103_515_245 + 12_345) % (1 << 31))
@@ -420,9 +404,9 @@ class Mover(FakeShard):
                 raise NotMine("another epoch", self.epoch)
             self.apply(parts)
 
-    def apply(self, parts: Sequence[shard_pb2.ApplyRequest.Part]) -> None:
+    def apply(self, parts: Sequence[ApplyPart]) -> None:
         for part in parts:
-            batch = event_service_pb2.IngestEventsRequest.FromString(part.events)
+            batch = event_service_pb2.IngestEventsRequest.FromString(bytes(part.events))
             for partition in {partition_of(user_hash(event.user_id), PARTITION_BITS) for event in batch.events}:
                 assert partition in self.owned
                 ids = [event.user_id for event in batch.events]

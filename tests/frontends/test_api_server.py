@@ -23,8 +23,8 @@ from profile_service.config import Limits, Settings
 from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES
 from profile_service.frontends.server import Frontend
+from profile_service.wire.apply_request import ApplyPart
 from tests.cluster.local_cluster import SCHEMA, FakeShard, LocalCluster, encode, running, until
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import (
     event_service_pb2,
     event_service_pb2_grpc,
@@ -146,9 +146,7 @@ async def test_draining_answers_everything_accepted_and_is_quick_about_it() -> N
     class Slow(FakeShard):
         release = asyncio.Event()
 
-        async def submit(
-            self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-        ) -> None:
+        async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
             await super().submit(parts, size_bytes, epoch)
             await self.release.wait()
 

@@ -16,9 +16,9 @@ from profile_service.errors import InvalidArgument, NotFound, ResourceExhausted,
 from profile_service.frontends import acknowledgements
 from profile_service.frontends import ingest as ingest_module
 from profile_service.frontends.api import Api
+from profile_service.wire.apply_request import ApplyPart
 from tests.cluster.local_cluster import FakeShard, encode, until
 from tests.frontends.api_harness import GRPC, Producer, another_api, api_over_shards
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2, profile_pb2, profile_service_pb2
 
 INGEST = "userprofile.v1.EventService/IngestEvents"
@@ -41,9 +41,7 @@ class Slow(FakeShard):
         super().__init__(shard_id, epoch, owned)
         self.release = asyncio.Event()
 
-    async def submit(
-        self, parts: Sequence[shard_pb2.ApplyRequest.Part], size_bytes: int, epoch: int, *rest: object
-    ) -> None:
+    async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         await super().submit(parts, size_bytes, epoch)
         await self.release.wait()
 

@@ -16,9 +16,9 @@ from profile_service.errors import ProfileServiceError, StartupError
 from profile_service.shard.inspection import ShardFinding, inspect_shard, salvage_shard
 from profile_service.shard.recovery import Recovered
 from profile_service.storage.crashing_fs import CrashingFileSystem
+from profile_service.wire.apply_request import ApplyPart
 from tests.shard import shards
 from tests.shard.shards import DIRECTORY, IDENTITY, NOW_NS
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2
 
 SCHEMA = parse_schema(
@@ -41,11 +41,11 @@ Files = dict[str, bytes]
 LOG, SNAPSHOTS = "log", "snapshots"
 
 
-def batch(number: int) -> shard_pb2.ApplyRequest.Part:
+def batch(number: int) -> ApplyPart:
     request = event_service_pb2.IngestEventsRequest()
     for user in USERS:
         request.events.add(user_id=user, type="view").attributes.update({"item": f"item {number}", "ignored": "x" * 40})
-    return shard_pb2.ApplyRequest.Part(
+    return ApplyPart(
         producer_id="p",
         sequence=number,
         arrival_time_ns=NOW_NS,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from profile_service.domain.schema import parse_schema
 from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, StorageFull, Unavailable
 from profile_service.shard.health import Health
-from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, RECORD_SCHEMA, decode_part
+from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, RECORD_SCHEMA
 from profile_service.shard.shard import Shard
 from profile_service.storage.crashing_fs import CrashingFileSystem
+from profile_service.wire.apply_request import ApplyPart, decode_part
 from tests.shard import shards
 from tests.shard.shards import NOW_NS, Clock, Gate
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_service_pb2, profile_pb2
 
 SCHEMA = parse_schema(
@@ -34,14 +35,12 @@ features:
 )
 
 
-def part(
-    users: Sequence[str], *, producer: str = "", sequence: int = 0, event_ids: Sequence[str] = ()
-) -> shard_pb2.ApplyRequest.Part:
+def part(users: Sequence[str], *, producer: str = "", sequence: int = 0, event_ids: Sequence[str] = ()) -> ApplyPart:
     request = event_service_pb2.IngestEventsRequest()
     for number, user in enumerate(users):
         event = request.events.add(user_id=user, type="view", event_id=event_ids[number] if event_ids else "")
         event.attributes.update({"color": "red", "price": 10.0 * number, "item": f"i{number}"})
-    return shard_pb2.ApplyRequest.Part(
+    return ApplyPart(
         producer_id=producer,
         sequence=sequence,
         arrival_time_ns=NOW_NS,
@@ -61,7 +60,7 @@ def read(shard: Shard, user: str) -> profile_pb2.Profile | None:
 async def test_what_is_answered_is_readable() -> None:
     async with running() as shard:
         batch = part(["u1", "u2", "u1"])
-        await shard.submit([batch], batch.ByteSize(), 7)
+        await shard.submit([batch], batch.size_bytes, 7)
         profile = read(shard, "u1")
         assert profile is not None
         assert profile.event_count == 2
@@ -131,7 +130,7 @@ async def test_the_log_holds_what_is_counted_and_nothing_else() -> None:
     held = [decode_part(record.payload) for record in records[1:]]
     assert held[:-1] == parts
     assert held[-1].event_count == 2
-    events = event_service_pb2.IngestEventsRequest.FromString(held[-1].events).events
+    events = event_service_pb2.IngestEventsRequest.FromString(bytes(held[-1].events)).events
     assert [event.event_id for event in events] == ["a", "b"]
 
 
@@ -145,10 +144,9 @@ async def test_an_event_id_counts_once_for_a_user_and_not_across_users() -> None
 
 async def test_refusals_keep_nothing_of_the_submission_and_spoil_no_other() -> None:
     async with running(owned=range(128)) as shard:
-        damaged = part(["u1"])
-        damaged.events = damaged.events[:-1]
-        miscounted = part(["u1"])
-        miscounted.event_count = 2
+        good = part(["u1"])
+        damaged = replace(good, events=good.events[:-1])
+        miscounted = replace(good, event_count=2)
         with pytest.raises(NotMine, match="epoch"):
             await shard.submit([part(["u1"])], 100, 6)
         results = await asyncio.gather(
@@ -243,8 +241,7 @@ async def test_a_user_not_heard_of_for_the_ttl_is_forgotten_by_way_of_the_log(mo
         clock.now_ns += 11 * 86400 * 10**9
         assert read(shard, "u1") is None
         await until(lambda: shard.status().user_count == 0)
-        fresh = part(["u1"])
-        fresh.arrival_time_ns = clock.now_ns
+        fresh = replace(part(["u1"]), arrival_time_ns=clock.now_ns)
         await shard.submit([fresh], 100, 7)
         profile = read(shard, "u1")
         assert profile is not None
@@ -272,8 +269,8 @@ async def test_a_restart_finds_what_was_acknowledged_and_what_counts_once() -> N
 async def test_a_producer_without_events_tells_up_to_where_it_is_acknowledged_and_that_lasts() -> None:
     fs = CrashingFileSystem()
     async with running(fs) as shard:
-        told = shard_pb2.ApplyRequest.Part(producer_id="p", acknowledged_sequence=9, arrival_time_ns=NOW_NS)
-        await shard.submit([told], told.ByteSize(), 7)
+        told = ApplyPart(producer_id="p", acknowledged_sequence=9, arrival_time_ns=NOW_NS)
+        await shard.submit([told], told.size_bytes, 7)
         assert shard.acknowledged("p") == 9
     async with running(fs.crash()) as shard:
         assert shard.acknowledged("p") == 9
@@ -303,7 +300,7 @@ async def test_a_full_disk_refuses_writes_serves_reads_and_takes_writes_again(mo
         fs.capacity_bytes = 1 << 17
         big = part(["u1"] * 3000, producer="p", sequence=2)
         with pytest.raises(StorageFull, match="room") as caught:
-            await shard.submit([big], big.ByteSize(), 7)
+            await shard.submit([big], big.size_bytes, 7)
         assert caught.value.retry_after_s > 0
         assert health.state == "full"
         profile = read(shard, "u1")
@@ -311,8 +308,8 @@ async def test_a_full_disk_refuses_writes_serves_reads_and_takes_writes_again(mo
         assert profile.event_count == 1
         fs.capacity_bytes = None
         await until(lambda: health.state == "serving")
-        await shard.submit([big], big.ByteSize(), 7)
-        await shard.submit([big], big.ByteSize(), 7)
+        await shard.submit([big], big.size_bytes, 7)
+        await shard.submit([big], big.size_bytes, 7)
         assert shard.status().event_count == 3001
 
 

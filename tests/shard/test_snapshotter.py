@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import TypeVar
@@ -13,7 +13,7 @@ import pytest
 
 from profile_service.config import Capacity
 from profile_service.errors import StorageFull, Unavailable
-from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, encode_events, encode_forget
+from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, encode_forget
 from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.snapshotter import (
     BUFFERS,
@@ -25,6 +25,7 @@ from profile_service.shard.snapshotter import (
 )
 from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.storage.wal import LogOptions, SyncMode
+from profile_service.wire.apply_request import ApplyPart, encode_part
 from profile_service.wire.decode import decode_events
 from tests.domain.test_profile_table import NOW_NS, SCHEMA, encode
 from tests.shard.test_state import (
@@ -37,7 +38,6 @@ from tests.shard.test_state import (
     plan_of,
     small_steps,
 )
-from userprofile.internal.v1 import shard_pb2
 
 T = TypeVar("T")
 DIRECTORY = Path("/data/shard-0")
@@ -113,9 +113,8 @@ class Life:
     async def commit(self, rng: Random) -> None:
         events = encode(draw_batch(SCHEMA, rng).events)
         columns = decode_events(events, PLAN, NOW_NS)
-        part = shard_pb2.ApplyRequest.Part(arrival_time_ns=NOW_NS, event_count=columns.count)
-        record = encode_events(part, events, columns.count)
-        await self._append(RECORD_EVENTS, record)
+        part = ApplyPart(arrival_time_ns=NOW_NS, events=events, event_count=columns.count)
+        await self._append(RECORD_EVENTS, encode_part(part))
         assert self.state.table.has_room(columns.count, len(events))
         self.state.apply(columns, 0, columns.count, NOW_NS)
 
@@ -124,7 +123,7 @@ class Life:
         await self._append(RECORD_FORGET, encode_forget(ids))
         self.state.forget(ids)
 
-    async def _append(self, kind: int, record: list[bytes] | tuple[bytes, ...]) -> None:
+    async def _append(self, kind: int, record: Sequence[bytes | memoryview]) -> None:
         await self.log.reserve(sum(map(len, record)), 1)
         self.log.append(kind, record)
         await self.log.sync()

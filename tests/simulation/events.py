@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from random import Random
 
 from profile_service.domain.schema import Schema, parse_schema
+from profile_service.wire.apply_request import ApplyPart
 from profile_service.wire.framing import message_field
-from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import event_pb2
 
 TTL_S = 3600
@@ -141,9 +141,9 @@ class Events:
 
 def part_of(
     events: tuple[Event, ...], *, producer_id: str, sequence: int, acknowledged_sequence: int, arrival_time_ns: int
-) -> shard_pb2.ApplyRequest.Part:
+) -> ApplyPart:
     """The part that carries them."""
-    return shard_pb2.ApplyRequest.Part(
+    return ApplyPart(
         producer_id=producer_id,
         sequence=sequence,
         acknowledged_sequence=acknowledged_sequence,

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, RECORD_SCHEMA, decode_forget, decode_schema
+from profile_service.wire.apply_request import decode_part
 from tests.simulation.events import Event
-from userprofile.internal.v1 import shard_log_pb2, shard_pb2
+from userprofile.internal.v1 import shard_log_pb2
 
 Key = int | tuple[str, str]
 """What counts once: an event by its number, or by user and event id."""
@@ -128,9 +129,9 @@ class History:
             return Record(position, kind, payload, *moment, schema=decode_schema(memoryview(payload)))
         if kind != RECORD_EVENTS:
             raise Violation(f"a record of the unknown type {kind} is appended")
-        part = shard_pb2.ApplyRequest.Part.FromString(payload)
+        part = decode_part(payload)
         events = []
-        for encoded in elements(part.events):
+        for encoded in elements(bytes(part.events)):
             event = self._ledger.known.get(encoded)
             if event is None:
                 raise Violation(f"the record at {position} holds an event that nobody sent: {encoded!r}")

@@ -42,6 +42,7 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import Crashed, CrashingFileSystem
 from profile_service.storage.fs import DiskFull
 from profile_service.storage.wal import LogOptions, WriteAheadLog
+from profile_service.wire.apply_request import ApplyPart, decode_part
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
 from tests.simulation.disk import CrashPoint, Disk
@@ -179,7 +180,7 @@ class _Simulation:
 
         submit = Shard.submit
 
-        async def watched_submit(shard: Shard, parts: Sequence[shard_pb2.ApplyRequest.Part], *rest: Any) -> None:
+        async def watched_submit(shard: Shard, parts: Sequence[ApplyPart], *rest: Any) -> None:
             names = ", ".join(f"{part.producer_id}/{part.sequence}" for part in parts)
             self.trace(f"shard: {names} come")
             try:
@@ -818,7 +819,7 @@ class _Reference:
         assert table is not None
         assert plan is not None
         if record.kind == RECORD_EVENTS:
-            part = shard_pb2.ApplyRequest.Part.FromString(record.payload)
+            part = decode_part(record.payload)
             columns = decode_events(part.events, plan, part.arrival_time_ns)
             assert table.has_room(columns.count, len(part.events))
             table.apply(columns, 0, columns.count, part.arrival_time_ns)

@@ -77,7 +77,7 @@ class Frontend:
             acknowledged_sequence=acknowledged,
             arrival_time_ns=arrival_ns,
         )
-        self.applies.put(Part(batch, outside.last_serial, part.SerializeToString()))
+        self.applies.put(Part(batch, outside.last_serial, part))
 
     async def close(self) -> None:
         """Ends the stream."""

@@ -183,7 +183,7 @@ def check_batch(batch: list[bytes], limits: Limits, *, whole_request: bool = Tru
     valid = np.flatnonzero(scanned.status == 0)
     gathered = gather(scanned.buffer, scanned.offset, scanned.length, valid)
     if whole_request:
-        parsed = event_service_pb2.IngestEventsRequest.FromString(gathered)
+        parsed = event_service_pb2.IngestEventsRequest.FromString(bytes(gathered))
         assert [repr(event) for event in parsed.events] == [repr(oracle.parse(batch[i])) for i in valid]
     check_columns(decode_events(gathered, PLAN, NOW_NS + 7, limits=limits), [batch[i] for i in valid])
     for event in batch if whole_request else []:

@@ -32,7 +32,7 @@ def test_gathered_bytes_are_a_request_of_the_chosen_events(users: list[str], cho
     chosen = np.array([number % (2 * len(users)) for number in choice], np.int64)
     scanned = scan_batch(message, PLAN, Limits(), 0)
     gathered = event_service_pb2.IngestEventsRequest.FromString(
-        gather(scanned.buffer, scanned.offset, scanned.length, chosen)
+        bytes(gather(scanned.buffer, scanned.offset, scanned.length, chosen))
     )
     assert [event.user_id for event in gathered.events] == [(users * 2)[i] for i in chosen]
     assert gathered.request_id == ""
@@ -86,7 +86,9 @@ def test_events_gathered_by_index_are_those_of_a_request_of_events_alone(users: 
     for user in users:
         request.events.add(user_id=user, type="view")
     chosen = np.array([number % len(users) for number in choice] if users else [], np.int64)
-    gathered = event_service_pb2.IngestEventsRequest.FromString(gather_events(request.SerializeToString(), chosen))
+    gathered = event_service_pb2.IngestEventsRequest.FromString(
+        bytes(gather_events(request.SerializeToString(), chosen))
+    )
     assert [event.user_id for event in gathered.events] == [users[i] for i in chosen]
 
 

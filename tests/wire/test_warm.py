@@ -35,7 +35,7 @@ def test_another_schema_and_another_message_need_no_other_kernels() -> None:
     scanned = scan.scan_batch(memoryview(bytearray(b"\x0a\x00\x12\x01n")), plan, Limits(), 2**62)
     assert len(scanned.rejected()) == 1
     chosen = np.flatnonzero(scanned.status)
-    assert gather.gather(scanned.buffer, scanned.offset, scanned.length, chosen) == b"\x0a\x00"
+    assert bytes(gather.gather(scanned.buffer, scanned.offset, scanned.length, chosen)) == b"\x0a\x00"
     gather.split_by_owner(scanned.user_hash, scanned.status, np.zeros(256, np.int32), 8, 3)
     decode.decode_events(b"", plan, 0)
     assert signatures() == compiled
