@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel, load_u8, load_u32, load_u64, to_i64
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, load_u8, load_u32, load_u64, to_i64
 
 _PRIME_1 = np.uint64(0x9E3779B185EBCA87)
 _PRIME_2 = np.uint64(0xC2B2AE3D27D4EB4F)
@@ -26,7 +26,7 @@ _PRIME_5 = np.uint64(0x27D4EB2F165667C5)
 _SIXTY_FOUR = np.uint64(64)
 
 
-@leaf_kernel
+@inlined_kernel
 def xxh64(buffer: NDArray[np.uint8], start: int, length: int, seed: int | np.uint64) -> np.uint64:
     """XXH64 of `buffer[start : start + length]`, which the caller knows to lie within the buffer."""
     pos = to_i64(start)

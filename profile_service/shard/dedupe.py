@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel, to_i64
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, prefetch, to_i64
 from profile_service.domain.memory import reserve
 
 REQUEST_PREFIX = "request:"
@@ -222,12 +222,21 @@ class ProducerSequences:
 
 _HEAD, _TAIL = range(2)
 
+_AHEAD = 8
+"""Keys between asking for a slot and using it: as many as a core can wait for at once."""
+
+
+@inlined_kernel
+def _home(slots: NDArray[np.uint64], key: np.uint64) -> int:
+    """The slot where the search for a key begins."""
+    return to_i64((key ^ (key >> np.uint64(29))) & np.uint64(len(slots) - 1))
+
 
 @leaf_kernel
 def _place(slots: NDArray[np.uint64], key: np.uint64) -> int:
     """Position of the key, or of the free slot where it belongs."""
     mask = np.uint64(len(slots) - 1)
-    at = (key ^ (key >> np.uint64(29))) & mask
+    at = np.uint64(_home(slots, key))
     while slots[at] != np.uint64(0) and slots[at] != key:
         at = (at + np.uint64(1)) & mask
     return to_i64(at)
@@ -243,7 +252,7 @@ def _drop(slots: NDArray[np.uint64], key: np.uint64) -> None:
         held = slots[probe]
         if held == np.uint64(0):
             break
-        home = to_i64((held ^ (held >> np.uint64(29))) & np.uint64(mask))
+        home = _home(slots, held)
         if ((probe - home) & mask) >= ((probe - hole) & mask):
             slots[hole] = held
             hole = probe
@@ -284,13 +293,30 @@ def _admit(
     oldest_ns: int,
     fresh: NDArray[np.bool_],
 ) -> int:
-    """Marks in `fresh` the keys not in the window, puts them in; returns how many were there."""
+    """Marks in `fresh` the keys not in the window, puts them in; returns how many were there.
+
+    The slots are far more than a cache holds: those that are needed soon are asked for ahead.
+    """
     capacity = len(ring)
+    head = ends[_HEAD]
+    tail = ends[_TAIL]
+    # Their places in the ring, kept beside them: a division an event would show.
+    first = head % capacity
+    last = tail % capacity
     repeated = 0
-    while ends[_HEAD] < ends[_TAIL] and times[ends[_HEAD] % capacity] < oldest_ns:
-        _drop(slots, ring[ends[_HEAD] % capacity])
-        ends[_HEAD] += 1
+    while head < tail and times[first] < oldest_ns:
+        if first + _AHEAD < capacity:
+            prefetch(slots, _home(slots, ring[first + _AHEAD]))
+        _drop(slots, ring[first])
+        head += 1
+        first = first + 1 if first + 1 < capacity else 0
+    for i in range(min(_AHEAD, len(keys))):
+        prefetch(slots, _home(slots, keys[i]))
     for i in range(len(keys)):
+        if i + _AHEAD < len(keys):
+            prefetch(slots, _home(slots, keys[i + _AHEAD]))
+        if tail - head + _AHEAD >= capacity and first + _AHEAD < capacity:
+            prefetch(slots, _home(slots, ring[first + _AHEAD]))
         key = keys[i]
         if key == np.uint64(0):
             continue
@@ -299,14 +325,18 @@ def _admit(
             fresh[i] = False
             repeated += 1
             continue
-        if ends[_TAIL] - ends[_HEAD] == capacity:
-            _drop(slots, ring[ends[_HEAD] % capacity])
-            ends[_HEAD] += 1
+        if tail - head == capacity:
+            _drop(slots, ring[first])
+            head += 1
+            first = first + 1 if first + 1 < capacity else 0
             at = _place(slots, key)
         slots[at] = key
-        ring[ends[_TAIL] % capacity] = key
-        times[ends[_TAIL] % capacity] = now_ns
-        ends[_TAIL] += 1
+        ring[last] = key
+        times[last] = now_ns
+        tail += 1
+        last = last + 1 if last + 1 < capacity else 0
+    ends[_HEAD] = head
+    ends[_TAIL] = tail
     return repeated
 
 

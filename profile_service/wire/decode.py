@@ -12,7 +12,7 @@ from profile_service.domain.columns import EventColumns
 from profile_service.domain.hashing import xxh64
 from profile_service.domain.kernel import kernel
 from profile_service.errors import InvalidArgument
-from profile_service.wire.event import MALFORMED, VALID, check_event, event_time_ns, explain_event, parse_event
+from profile_service.wire.event import VALID, event_time_ns, explain_event, read_event
 from profile_service.wire.frame import COUNT, as_buffer, check_frame, next_event
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import describe
@@ -165,16 +165,13 @@ def _decode(
     valid, which is then explained. The events before `ends[b]` that no earlier batch has are batch b's.
     """
     work = make_work(limits, text_length.shape[0] + number.shape[0])
-    text_length[:, :count] = -1
-    number[:, :count] = np.nan
     pos = 0
     batch = 0
     for i in range(count):
         while i >= ends[batch]:
             batch += 1
         _, begin, end = next_event(buffer, pos, work)
-        after = parse_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i)
-        verdict = MALFORMED if after < 0 else check_event(work)
+        verdict = read_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i)
         if verdict != VALID:
             explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
             explained[:] = work[:STACKS]
@@ -186,14 +183,13 @@ def _decode(
         type_index[i] = work[TYPE_INDEX]
         time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_times_ns[batch]
         event_id_hash[i] = _event_id_hash(buffer, work[ID_OFFSET], work[ID_LENGTH], user)
-        pos = end
-    for text in range(text_length.shape[0]):
-        for i in range(count):
+        for text in range(text_length.shape[0]):
             if text_length[text, i] >= 0:
                 text_hash[text, i] = xxh64(buffer, text_offset[text, i], text_length[text, i], 0)
             else:
                 text_offset[text, i] = 0
                 text_hash[text, i] = 0
+        pos = end
     return count
 
 

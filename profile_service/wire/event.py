@@ -1,9 +1,9 @@
-"""One Event, as kernels: `parse_event` reads its bytes, `check_event` judges what was read. Scanner and decoder share
-both, so that they never disagree about an event.
+"""One Event, as kernels: `read_event` reads and judges its bytes. Scanner and decoder share it, so that they never
+disagree about an event. Nearly all events are plain and end in `wire.plain`; the others, and those that are refused,
+are read by `parse_event` and judged by `check_event`.
 
 What an event says goes to `work` (see `wire.work`) and, for declared attributes, to one column of three arrays:
-`text_offset` and `text_length` (text attributes, columns), `number` (number attributes, columns). The caller has set
-`text_length` to -1 and `number` to NaN, or does not look at them.
+`text_offset` and `text_length` (text attributes, columns), `number` (number attributes, columns).
 
 As in protobuf, the last of a scalar wins, Timestamps and Structs sent in pieces are merged, and the last of the
 attributes of one name wins. Limits are on what was sent: an attribute sent twice counts twice, and each time has to
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.domain.kernel import inlined_kernel, leaf_kernel, load_f64, to_i64
+from profile_service.wire.plain import parse_plain
 from profile_service.wire.plan import find_name
 from profile_service.wire.protobuf import is_utf8, read_length, read_tag, read_varint, skip_unknown, utf8_fault
 from profile_service.wire.value import KIND_NULL, KIND_NUMBER, KIND_TEXT, read_value
@@ -82,6 +83,52 @@ EVENT_DEPTH = 1
 
 
 @inlined_kernel
+def read_event(
+    buffer: NDArray[np.uint8],
+    pos: int,
+    end: int,
+    types: NDArray[np.uint64],
+    attributes: NDArray[np.uint64],
+    names: NDArray[np.uint8],
+    work: NDArray[np.int64],
+    text_offset: NDArray[np.int64],
+    text_length: NDArray[np.int32],
+    number: NDArray[np.float64],
+    column: int,
+) -> int:
+    """Reads the Event message in [pos, end) into `work` and the `column`, whatever that held; returns its status.
+
+    An absent text is of length -1, an absent number NaN.
+    """
+    if parse_plain(buffer, pos, end, types, attributes, names, work, text_offset, text_length, number, column):
+        return VALID
+    return read_any_event(buffer, pos, end, types, attributes, names, work, text_offset, text_length, number, column)
+
+
+@leaf_kernel
+def read_any_event(
+    buffer: NDArray[np.uint8],
+    pos: int,
+    end: int,
+    types: NDArray[np.uint64],
+    attributes: NDArray[np.uint64],
+    names: NDArray[np.uint8],
+    work: NDArray[np.int64],
+    text_offset: NDArray[np.int64],
+    text_length: NDArray[np.int32],
+    number: NDArray[np.float64],
+    column: int,
+) -> int:
+    """What `read_event` does, of an event of any shape."""
+    for attribute in range(text_length.shape[0]):
+        text_length[attribute, column] = -1
+    for attribute in range(number.shape[0]):
+        number[attribute, column] = np.nan
+    after = parse_event(buffer, pos, end, types, attributes, names, work, text_offset, text_length, number, column)
+    return to_i64(MALFORMED) if after < 0 else check_event(work)
+
+
+@inlined_kernel
 def parse_event(
     buffer: NDArray[np.uint8],
     pos: int,
@@ -95,7 +142,8 @@ def parse_event(
     number: NDArray[np.float64],
     column: int,
 ) -> int:
-    """Reads the Event message in [pos, end) into `work` and the `column`; returns `end` or a fault."""
+    """Reads the Event message in [pos, end) into `work` and the `column`, where absent attributes stay as they are;
+    returns `end` or a fault."""
     for slot in range(PARSED_SLOTS):
         work[slot] = 0
     work[TYPE_INDEX] = -1

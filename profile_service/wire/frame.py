@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import kernel, leaf_kernel, to_i64
+from profile_service.domain.kernel import inlined_kernel, kernel, leaf_kernel, load_u8, to_i64
 from profile_service.errors import InvalidArgument
 from profile_service.wire.protobuf import (
     fault,
@@ -58,12 +58,40 @@ def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDAr
     return frame
 
 
-@leaf_kernel
+@inlined_kernel
 def next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> tuple[int, int, int]:
     """(begin of the tag, begin of the event, end) of the first event from `pos` on, in a message of whole framing.
 
     Where there is none, which only a message changed meanwhile can show, an empty event at the buffer's end.
     """
+    begin, end = _plain_extent(buffer, pos)
+    return (pos, begin, end) if begin >= 0 else _next_event(buffer, pos, work)
+
+
+@inlined_kernel
+def _plain_extent(buffer: NDArray[np.uint8], pos: int) -> tuple[int, int]:
+    """(begin, end) of the event whose tag is at `pos` and whose length takes one or two bytes; -1 for begin where there
+    is none, or it would not lie in the buffer.
+    """
+    size = buffer.size
+    if pos + 3 > size or load_u8(buffer, pos) != EVENT_TAG:
+        return to_i64(-1), to_i64(-1)
+    length = load_u8(buffer, pos + 1)
+    begin = pos + 2
+    if length >= 0x80:
+        high = load_u8(buffer, pos + 2)
+        if high >= 0x80:
+            return to_i64(-1), to_i64(-1)
+        length += (high - 1) << 7
+        begin += 1
+    if begin + length > size:
+        return to_i64(-1), to_i64(-1)
+    return to_i64(begin), to_i64(begin + length)
+
+
+@leaf_kernel
+def _next_event(buffer: NDArray[np.uint8], pos: int, work: NDArray[np.int64]) -> tuple[int, int, int]:
+    """What `next_event` does, wherever the event is."""
     size = buffer.size
     while pos >= 0:
         start = pos
@@ -86,6 +114,13 @@ def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame:
     end = buffer.size
     while pos < end:
         start = pos
+        begin, after = _plain_extent(buffer, pos)
+        if begin >= 0:
+            pos = after
+            frame[COUNT] += 1
+            if frame[COUNT] > most:
+                return pos
+            continue
         tag, pos = read_tag(buffer, pos, end)
         if pos < 0:
             return pos

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel, load_u8, load_u64, to_i64
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, load_u8, load_u64, to_i64
 
 MAX_TYPES = 32_767
 """Type indexes are i2."""
@@ -81,7 +81,7 @@ class WirePlan:
         return self.text_attributes[index] if index < texts else self.number_attributes[index - texts]
 
 
-@leaf_kernel
+@inlined_kernel
 def find_name(
     table: NDArray[np.uint64], names: NDArray[np.uint8], buffer: NDArray[np.uint8], offset: int, length: int
 ) -> int:
@@ -128,14 +128,14 @@ def _insert_name(table: NDArray[np.uint64], names: NDArray[np.uint8], offset: in
     table[row, 3] = np.uint64(offset)
 
 
-@leaf_kernel
+@inlined_kernel
 def _home_row(first: np.uint64, last: np.uint64, length: int, mask: int) -> int:
     """The row where the search begins. The product's upper half is the well-mixed one."""
     mixed = (first + np.uint64(length)) * _MIX_FIRST ^ last * _MIX_LAST
     return to_i64(mixed >> np.uint64(40)) & mask
 
 
-@leaf_kernel
+@inlined_kernel
 def _first_bytes(buffer: NDArray[np.uint8], offset: int, length: int) -> np.uint64:
     """Up to 8 bytes from `offset`, zero-padded; reads beyond the slice only where the buffer goes on."""
     if length >= 8:

@@ -15,7 +15,7 @@ from profile_service.config import Limits
 from profile_service.domain.hashing import xxh64
 from profile_service.domain.kernel import kernel
 from profile_service.errors import InvalidArgument
-from profile_service.wire.event import MALFORMED, VALID, check_event, explain_event, parse_event
+from profile_service.wire.event import VALID, explain_event, read_event
 from profile_service.wire.frame import COUNT, NAME_LENGTH, NAME_OFFSET, SEQUENCE, as_buffer, check_frame, next_event
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import describe
@@ -152,8 +152,7 @@ def _scan(
     pos = 0
     for i in range(offset.size):
         start, begin, end = next_event(buffer, pos, work)
-        after = parse_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, 0)
-        verdict = MALFORMED if after < 0 else check_event(work)
+        verdict = read_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, 0)
         offset[i] = start
         length[i] = end - start
         status[i] = verdict
