@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 HEADER_BYTES = 32
 """Of every row: events, first seen, last seen, last received."""
 
-INDEX_BYTES = 36
-"""An entry of 16 bytes, and slots of 8 that are at least two fifths full."""
+INDEX_BYTES = 21
+"""An entry of 8 bytes, and slots of 8 for a table that has just grown."""
 
 USER_ID_BYTES = 16
 """Taken for the length of an id."""

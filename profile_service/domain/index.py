@@ -3,12 +3,20 @@
 Open addressing with linear probing over XXH64. A table slot and what it points to:
 
     slot  (8 bytes)   | upper half of the hash | number + 1 |      0 is free
-    entry (16 bytes)  | hash | place in the arena << 16, length |
+    entry (8 bytes)   | place in the arena << 16, length |
     arena             the bytes themselves
 
 A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no
-tombstones gather. Entries and arena lie in reserved address space and never move when the table grows; only the slots
-are laid out anew.
+tombstones gather. Everything lies in reserved address space and never moves as a whole.
+
+A string's home is the slot that is as far into the table as its hash is into all hashes. So a longer table has the same
+order, and the table grows by a quarter where it stands, from its end to its start, a few slots at each call:
+
+    slots   | homes as in the shorter table | left behind | homes as in the longer table | probe chains' end ...
+            0                           frontier                                       homes
+
+The frontier counts in homes of the shorter table: what would be at home below it still is. Homes do not wrap around; a
+chain at the end goes on beyond it, where there is a slot for each string that can come.
 
 A number that was given back has no hash and the uppermost bit of its extent set, and stands in a list of free ones. An
 index either gives the next string any free number, and closes the gaps in the arena when that is full; or it gives it
@@ -17,6 +25,7 @@ one that a string of the same length had, together with that one's place in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,13 +43,24 @@ MOST_BYTES = (1 << _LENGTH_BITS) - 1
 """The longest byte string that an entry can hold."""
 
 _FULLEST = 0.8
+"""Strings to a home when the table begins to grow."""
+_GROWTH = 1.25
+_SMALLEST = 1 << 10
+"""Homes of an empty index."""
+_PACE = 8
+"""Homes that the frontier passes for each string that may come: so the shorter part never gets fuller than 0.93."""
+_AT_ONCE = 256
+"""Homes that the frontier passes together."""
+MOST_BYTES_A_STRING = 8 + 8 * _GROWTH / _FULLEST
+"""What the index takes beside a string's own bytes, when its table has just grown."""
 _AHEAD = 256
 """Keys whose way is looked up ahead: their slots, entries and bytes together stay within a processor's nearest caches.
 """
 _NEAR_SLOTS = 1 << 12
 """An index of so many slots is near anyway."""
-_COUNT, _ARENA_END, _GARBAGE, HIGH_WATER = range(4)
-"""Entries of the state. Numbers below `HIGH_WATER` have been in use at some time."""
+_COUNT, _ARENA_END, _GARBAGE, HIGH_WATER, _HOMES, _LONGER, _FRONTIER = range(7)
+"""Entries of the state. Numbers below `HIGH_WATER` have been in use at some time. `_LONGER` is the number of homes that
+the table grows to, and `_HOMES` like `_FRONTIER` where it does not grow."""
 _FREE = np.uint64(1 << 63)
 _PLACELESS = MOST_BYTES + 1
 """Where a list by length begins of those that have no place in the arena."""
@@ -76,8 +96,18 @@ def _is_equal(arena: NDArray[np.uint8], place: int, buffer: NDArray[np.uint8], s
     return True
 
 
+@inlined_kernel
+def _home(state: NDArray[np.int64], upper: np.uint64) -> int:
+    """The slot where the search for strings with this upper half of the hash begins."""
+    home = (to_i64(upper) * state[_HOMES]) >> 32
+    if home >= state[_FRONTIER]:
+        home = (to_i64(upper) * state[_LONGER]) >> 32
+    return int(home)
+
+
 @leaf_kernel
 def _find(
+    state: NDArray[np.int64],
     slots: NDArray[np.uint64],
     entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
@@ -87,25 +117,20 @@ def _find(
     key: np.uint64,
 ) -> int:
     """Position of the key's slot, or -1 - the position of the free slot where it belongs."""
-    mask = np.uint64(len(slots) - 1)
     upper = key >> np.uint64(32)
-    at = key & mask
+    at = _home(state, upper)
     while slots[at] != np.uint64(0):
         if slots[at] >> np.uint64(32) == upper:
-            number = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
-            extent = to_i64(entries[number, 1])
-            if (
-                entries[number, 0] == key
-                and (extent & MOST_BYTES) == length
-                and _is_equal(arena, extent >> _LENGTH_BITS, buffer, start, length)
-            ):
-                return to_i64(at)
-        at = (at + np.uint64(1)) & mask
-    return -1 - to_i64(at)
+            extent = to_i64(entries[to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1])
+            if (extent & MOST_BYTES) == length and _is_equal(arena, extent >> _LENGTH_BITS, buffer, start, length):
+                return at
+        at += 1
+    return -1 - at
 
 
 @leaf_kernel
 def _look_ahead(
+    state: NDArray[np.int64],
     slots: NDArray[np.uint64],
     entries: NDArray[np.uint64],
     arena: NDArray[np.uint8],
@@ -120,24 +145,23 @@ def _look_ahead(
     The answers are hints. What counts is that slot, entry and bytes are near when the search needs them: in each of the
     loops no load waits for the one before, so the processor has as many under way as it can.
     """
-    mask = np.uint64(len(slots) - 1)
     for i in range(first, last):
-        prefetch(slots, to_i64(key[i] & mask))
+        prefetch(slots, _home(state, key[i] >> np.uint64(32)))
     for i in range(first, last):
         number = -1
         if length[i] >= 0:
-            at = key[i] & mask
             upper = key[i] >> np.uint64(32)
+            at = _home(state, upper)
             while slots[at] != np.uint64(0):
                 if slots[at] >> np.uint64(32) == upper:
                     number = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
-                    prefetch(entries, 2 * number)
+                    prefetch(entries, number)
                     break
-                at = (at + np.uint64(1)) & mask
+                at += 1
         likely[i] = number
     for i in range(first, last):
         if likely[i] >= 0:
-            prefetch(arena, to_i64(entries[likely[i], 1] >> np.uint64(_LENGTH_BITS)))
+            prefetch(arena, to_i64(entries[likely[i]] >> np.uint64(_LENGTH_BITS)))
 
 
 @leaf_kernel
@@ -159,8 +183,8 @@ def find_many(
     new = 0
     for start in range(0, len(key), _AHEAD):
         stop = min(start + _AHEAD, len(key))
-        if len(slots) > _NEAR_SLOTS:
-            _look_ahead(slots, entries, arena, length, key, start, stop, numbers)
+        if state[_HOMES] > _NEAR_SLOTS:
+            _look_ahead(state, slots, entries, arena, length, key, start, stop, numbers)
         else:
             numbers[start:stop] = -1
         for i in range(start, stop):
@@ -168,11 +192,11 @@ def find_many(
             if size < 0:
                 continue
             likely = numbers[i]
-            if likely >= 0 and entries[likely, 0] == key[i]:
-                extent = to_i64(entries[likely, 1])
+            if likely >= 0:
+                extent = to_i64(entries[likely])
                 if (extent & MOST_BYTES) == size and _is_equal(arena, extent >> _LENGTH_BITS, buffer, offset[i], size):
                     continue
-            at = _find(slots, entries, arena, buffer, offset[i], size, key[i])
+            at = _find(state, slots, entries, arena, buffer, offset[i], size, key[i])
             if at >= 0:
                 numbers[i] = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
                 continue
@@ -184,7 +208,7 @@ def find_many(
             if len(free) > 1 and free[of_its_length] != 0:
                 number = free[of_its_length] - 1
                 free[of_its_length] = next_free[number]
-                place = to_i64((entries[number, 1] & ~_FREE) >> np.uint64(_LENGTH_BITS))
+                place = to_i64((entries[number] & ~_FREE) >> np.uint64(_LENGTH_BITS))
             else:
                 if free[any_other] == 0 and state[HIGH_WATER] == len(entries):
                     # All numbers were in use at some time: one whose place does not fit is better than none.
@@ -200,8 +224,7 @@ def find_many(
                 place = state[_ARENA_END]
                 state[_ARENA_END] = place + size
             copy_bytes(arena, place, buffer, offset[i], size)
-            entries[number, 0] = key[i]
-            entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
+            entries[number] = np.uint64((place << _LENGTH_BITS) | size)
             slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
             state[_COUNT] += 1
             numbers[i] = number
@@ -210,21 +233,43 @@ def find_many(
 
 
 @leaf_kernel
-def _remove(slots: NDArray[np.uint64], entries: NDArray[np.uint64], at: int) -> None:
+def _remove(state: NDArray[np.int64], slots: NDArray[np.uint64], at: int) -> None:
     """Frees a slot, moving back what would no longer be found behind the hole."""
-    mask = len(slots) - 1
     hole = at
-    probe = at
-    while True:
-        probe = (probe + 1) & mask
-        if slots[probe] == np.uint64(0):
-            break
-        home = to_i64(entries[np.int64(slots[probe] & np.uint64(0xFFFFFFFF)) - 1, 0] & np.uint64(mask))
-        # An entry may move back unless its home lies cyclically in (hole, probe].
-        if ((probe - home) & mask) >= ((probe - hole) & mask):
+    probe = at + 1
+    while slots[probe] != np.uint64(0):
+        if _home(state, slots[probe] >> np.uint64(32)) <= hole:
             slots[hole] = slots[probe]
             hole = probe
+        probe += 1
     slots[hole] = np.uint64(0)
+
+
+@leaf_kernel
+def _grow(state: NDArray[np.int64], slots: NDArray[np.uint64], homes: int) -> None:
+    """Moves the frontier down by so many homes, or to where the table has grown."""
+    while homes > 0 and state[_FRONTIER] > 0:
+        end = state[_FRONTIER]
+        start = max(0, end - min(homes, _AT_ONCE))
+        homes -= end - start
+        while slots[end] != np.uint64(0):
+            end += 1
+        # From here on `_home` tells where each is to be. What was at home from `start` up to the old frontier stands
+        # before `end`, mostly ahead of its new home, where nothing but this search would find it.
+        state[_FRONTIER] = start
+        # From the end on, so that mostly nothing stands behind one that leaves.
+        for at in range(end - 1, start - 1, -1):
+            held = slots[at]
+            home = _home(state, held >> np.uint64(32))
+            if held == np.uint64(0) or home <= at:
+                continue
+            _remove(state, slots, at)
+            while slots[home] != np.uint64(0):
+                home += 1
+            slots[home] = held
+    if state[_FRONTIER] == 0:
+        state[_HOMES] = state[_LONGER]
+        state[_FRONTIER] = state[_LONGER]
 
 
 @leaf_kernel
@@ -238,14 +283,13 @@ def _give_back(
     at: int,
 ) -> None:
     """Frees a number and the slot that points to it."""
-    _remove(slots, entries, at)
-    size = to_i64(entries[number, 1] & np.uint64(MOST_BYTES))
-    entries[number, 0] = np.uint64(0)
+    _remove(state, slots, at)
+    size = to_i64(entries[number] & np.uint64(MOST_BYTES))
     if len(free) > 1:
-        entries[number, 1] |= _FREE
+        entries[number] |= _FREE
         which = size
     else:
-        entries[number, 1] = _FREE
+        entries[number] = _FREE
         state[_GARBAGE] += size
         which = 0
     next_free[number] = free[which]
@@ -257,6 +301,7 @@ def _give_back(
 def _give_back_unmarked(
     slots: NDArray[np.uint64],
     entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
     state: NDArray[np.int64],
     free: NDArray[np.int64],
     next_free: NDArray[np.int64],
@@ -265,28 +310,17 @@ def _give_back_unmarked(
     last: int,
 ) -> int:
     """Frees the numbers from `first` up to `last` that are in use and not marked; returns how many."""
-    mask = np.uint64(len(slots) - 1)
     freed = 0
     for number in range(first, last):
-        if marks[number] != 0 or entries[number, 1] & _FREE != np.uint64(0):
+        if marks[number] != 0 or entries[number] & _FREE != np.uint64(0):
             continue
-        at = entries[number, 0] & mask
+        extent = to_i64(entries[number])
+        at = _home(state, xxh64(arena, extent >> _LENGTH_BITS, extent & MOST_BYTES, 0) >> np.uint64(32))
         while slots[at] & np.uint64(0xFFFFFFFF) != np.uint64(number + 1):
-            at = (at + np.uint64(1)) & mask
-        _give_back(slots, entries, state, free, next_free, number, to_i64(at))
+            at += 1
+        _give_back(slots, entries, state, free, next_free, number, at)
         freed += 1
     return freed
-
-
-@leaf_kernel
-def _rehash(old: NDArray[np.uint64], entries: NDArray[np.uint64], slots: NDArray[np.uint64]) -> None:
-    mask = np.uint64(len(slots) - 1)
-    for i in range(len(old)):
-        if old[i] != np.uint64(0):
-            at = entries[np.int64(old[i] & np.uint64(0xFFFFFFFF)) - 1, 0] & mask
-            while slots[at] != np.uint64(0):
-                at = (at + np.uint64(1)) & mask
-            slots[at] = old[i]
 
 
 @leaf_kernel
@@ -302,10 +336,10 @@ def _copy_out(
     number that is not in use. Returns the number to go on with and the bytes copied."""
     size = 0
     for number in range(first, last):
-        if entries[number, 1] & _FREE != np.uint64(0):
+        if entries[number] & _FREE != np.uint64(0):
             lengths[number - first] = -1
             continue
-        extent = to_i64(entries[number, 1])
+        extent = to_i64(entries[number])
         length = extent & MOST_BYTES
         if size + length > len(target):
             return number, size
@@ -347,23 +381,21 @@ def _place_numbered(
     first: int,
 ) -> None:
     """Gives the strings the numbers from `first` on; those of negative length stay free."""
-    mask = np.uint64(len(slots) - 1)
     for i in range(len(lengths)):
         size = to_i64(lengths[i])
         number = first + i
         if size < 0:
-            entries[number, 1] = _FREE
+            entries[number] = _FREE
             next_free[number] = free[len(free) - 1]
             free[len(free) - 1] = number + 1
             continue
         place = state[_ARENA_END]
         copy_bytes(arena, place, buffer, offsets[i], size)
         state[_ARENA_END] = place + size
-        entries[number, 0] = keys[i]
-        entries[number, 1] = np.uint64((place << _LENGTH_BITS) | size)
-        at = keys[i] & mask
+        entries[number] = np.uint64((place << _LENGTH_BITS) | size)
+        at = _home(state, keys[i] >> np.uint64(32))
         while slots[at] != np.uint64(0):
-            at = (at + np.uint64(1)) & mask
+            at += 1
         slots[at] = ((keys[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
         state[_COUNT] += 1
 
@@ -384,14 +416,16 @@ class ByteIndex:
 
     def __init__(self, capacity: int, arena_bytes: int, *, reuse_by_length: bool = False) -> None:
         self.capacity = capacity
-        self._slots: NDArray[np.uint64] = np.zeros(1024, dtype=np.uint64)
-        self._entries: NDArray[np.uint64] = reserve(2 * capacity, np.uint64).reshape(capacity, 2)
+        most_homes = _SMALLEST + int(capacity * _GROWTH / _FULLEST)
+        self._slots: NDArray[np.uint64] = reserve(most_homes + capacity + 1, np.uint64)
+        self._entries: NDArray[np.uint64] = reserve(capacity, np.uint64)
         self._next_free: NDArray[np.int64] = reserve(capacity, np.int64)
         self._arena: NDArray[np.uint8] = reserve(arena_bytes, np.uint8)
         self._free: NDArray[np.int64] = reserve(_PLACELESS + 1 if reuse_by_length else 1, np.int64)
-        self._state = np.zeros(4, dtype=np.int64)
-        self.arrays = self._arrays()
-        """For kernels, until `make_room` is called again."""
+        self._state = np.zeros(7, dtype=np.int64)
+        self._state[[_HOMES, _LONGER, _FRONTIER]] = _SMALLEST
+        self.arrays = IndexArrays(self._slots, self._entries, self._arena, self._state, self._free, self._next_free)
+        """For kernels."""
 
     def __len__(self) -> int:
         return int(self._state[_COUNT])
@@ -404,28 +438,33 @@ class ByteIndex:
     @property
     def memory_bytes(self) -> int:
         """Bytes in use: slots, entries and arena."""
-        return self._slots.nbytes + 16 * self.high_water + int(self._state[_ARENA_END])
+        slots = int(self._state[_LONGER])
+        return self._slots.itemsize * slots + self._entries.itemsize * self.high_water + int(self._state[_ARENA_END])
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether a part of the table still has the homes of a shorter one."""
+        return bool(self._state[_HOMES] != self._state[_LONGER])
 
     def make_room(self, strings: int, size_bytes: int) -> bool:
-        """Makes sure that so many more strings of so many bytes together fit; False when the index is full."""
+        """Makes sure that so many more strings of so many bytes together fit; False when the index is full.
+
+        It takes as long as there are strings to come, however many there are already.
+        """
         if len(self) + strings > self.capacity:
             return False
         if int(self._state[_ARENA_END]) + size_bytes > len(self._arena):
             self._compact()
             if int(self._state[_ARENA_END]) + size_bytes > len(self._arena):
                 return False
-        needed = len(self._slots)
-        while len(self) + strings > needed * _FULLEST:
-            needed *= 2
-        if needed != len(self._slots):
-            slots = np.zeros(needed, dtype=np.uint64)
-            _rehash(self._slots, self._entries, slots)
-            self._slots = slots
-            self.arrays = self._arrays()
+        state, needed = self._state, math.ceil((len(self) + strings) / _FULLEST)
+        while self.is_growing or needed > state[_HOMES]:
+            if not self.is_growing:
+                state[_LONGER] = max(int(state[_HOMES] * _GROWTH), needed)
+            _grow(state, self._slots, max(_PACE * strings, _AT_ONCE))
+            if self.is_growing:
+                break
         return True
-
-    def _arrays(self) -> IndexArrays:
-        return IndexArrays(self._slots, self._entries, self._arena, self._state, self._free, self._next_free)
 
     def find(
         self,
@@ -472,7 +511,7 @@ class ByteIndex:
 
     def bytes_of(self, number: int) -> bytes:
         """The string behind a number that is in use."""
-        extent = int(self._entries[number, 1])
+        extent = int(self._entries[number])
         place = extent >> _LENGTH_BITS
         return self._arena[place : place + (extent & MOST_BYTES)].tobytes()
 
@@ -480,7 +519,7 @@ class ByteIndex:
         """Removes the string and returns its number, which may be given to another one; -1 if there was none."""
         data = np.frombuffer(string or b"\0", dtype=np.uint8)
         key = np.uint64(xxhash.xxh64_intdigest(string))
-        at = int(_find(self._slots, self._entries, self._arena, data, 0, len(string), key))
+        at = int(_find(self._state, self._slots, self._entries, self._arena, data, 0, len(string), key))
         if at < 0:
             return -1
         number = int(self._slots[at] & np.uint64(0xFFFFFFFF)) - 1
@@ -494,14 +533,21 @@ class ByteIndex:
             return 0
         return int(
             _give_back_unmarked(
-                self._slots, self._entries, self._state, self._free, self._next_free, marks, first, last
+                self._slots,
+                self._entries,
+                self._arena,
+                self._state,
+                self._free,
+                self._next_free,
+                marks,
+                first,
+                last,
             )
         )
 
     def numbers(self) -> NDArray[np.int64]:
         """Every number in use, ascending."""
-        used = self._slots[self._slots != 0] & np.uint64(0xFFFFFFFF)
-        return np.sort(used.astype(np.int64) - 1)
+        return np.flatnonzero(self._entries[: self.high_water] & _FREE == 0)
 
     def copy_strings(
         self, first: int, last: int, lengths: NDArray[np.int32], target: NDArray[np.uint8]
@@ -567,13 +613,13 @@ class ByteIndex:
         if not self._state[_GARBAGE]:
             return
         numbers = self.numbers()
-        order = numbers[np.argsort(self._entries[numbers, 1] >> np.uint64(_LENGTH_BITS), kind="stable")]
+        order = numbers[np.argsort(self._entries[numbers] >> np.uint64(_LENGTH_BITS), kind="stable")]
         end = 0
         for number in order.tolist():
-            extent = int(self._entries[number, 1])
+            extent = int(self._entries[number])
             place, size = extent >> _LENGTH_BITS, extent & MOST_BYTES
             self._arena[end : end + size] = self._arena[place : place + size]
-            self._entries[number, 1] = (end << _LENGTH_BITS) | size
+            self._entries[number] = (end << _LENGTH_BITS) | size
             end += size
         self._state[_ARENA_END] = end
         self._state[_GARBAGE] = 0
@@ -582,7 +628,12 @@ class ByteIndex:
         """Every string is found where it should be, and nothing else is; for tests."""
         numbers = self.numbers()
         assert len(numbers) == len(self) == len(set(numbers.tolist()))
-        assert len(self) <= len(self._slots) * _FULLEST or len(self._slots) == 1024
+        homes, longer, frontier = self._state[[_HOMES, _LONGER, _FRONTIER]].tolist()
+        assert 0 < frontier <= homes <= longer
+        assert self.is_growing or frontier == homes
+        assert len(self) <= longer * _FULLEST
+        held = self._slots[: longer + len(self) + 1]
+        assert np.array_equal(np.sort((held[held != 0] & np.uint64(0xFFFFFFFF)).astype(np.int64) - 1), numbers)
         for number in numbers.tolist():
             assert self.get(self.bytes_of(number)) == number
         free = []
@@ -593,8 +644,6 @@ class ByteIndex:
                 at = int(self._next_free[at - 1])
         assert set(free).isdisjoint(numbers.tolist())
         assert len(free) + len(numbers) == self.high_water
-        used = (self._entries[: self.high_water, 1] & _FREE) == 0
-        assert np.array_equal(np.flatnonzero(used), numbers)
-        extents = self._entries[: self.high_water, 1] & ~_FREE
+        extents = self._entries[: self.high_water] & ~_FREE
         places = sorted((int(e) >> _LENGTH_BITS, int(e) & MOST_BYTES) for e in extents.tolist() if e & MOST_BYTES)
         assert all(place + size <= after for (place, size), (after, _) in pairwise(places))

@@ -486,7 +486,7 @@ def test_texts_do_not_gather_over_many_snapshots() -> None:
             taken.finish()
             most = max(most, straight.state.table.texts.high_water)
         assert most <= 3 * 20 + 10
-        assert straight.state.table.texts.memory_bytes <= 8 * 1024 + most * (16 + 11)
+        assert straight.state.table.texts.memory_bytes <= 8 * 1024 + most * (8 + 11)
 
 
 def test_a_copy_that_is_given_up_forgets_no_text() -> None:
