@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from profile_service.cluster.coordinator import Standing
 
 DEFAULT_SCHEMA = "marketplace"
+RAY_WORKERS = 2
+"""Ray's processes for a service beside those of its shards: coordinator and frontend."""
+
 STALL_TIMEOUT_S = 120.0
 """A start in which nothing has moved for so long is given up."""
 
@@ -176,7 +179,7 @@ class Service:
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema))
         shards = directory.manifest.shards
-        self._ray = EmbeddedRay(workers=shards + 2)
+        self._ray = EmbeddedRay(workers=shards + RAY_WORKERS)
         warm.result()
         # These import Ray, which reads its environment then.
         import ray

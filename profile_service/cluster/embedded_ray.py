@@ -33,7 +33,7 @@ class EmbeddedRay:
     def __init__(self, workers: int) -> None:
         if "ray" in sys.modules and os.environ.get(LOOPBACK_VARIABLE) != "0":
             raise StartupError("Ray is imported in this process already; start the service before `import ray`")
-        _set_environment()
+        prepare_environment()
         import ray
 
         if ray.is_initialized():
@@ -69,7 +69,7 @@ class EmbeddedRay:
         self._scratch.remove()
 
 
-def _set_environment() -> None:
+def prepare_environment() -> None:
     """What Ray has no arguments for. Its processes and the actors inherit it."""
     for name, value in {
         LOOPBACK_VARIABLE: "0",

@@ -243,6 +243,22 @@ def flood(
     _run(benchmark, options, plot, as_json)
 
 
+def startup(
+    shards: Annotated[int, flag("--shards", "Shards of the service.", min=1, max=256)] = 1,
+    rounds: Rounds = 5,
+    data_dir: DataDir = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how long `serve` takes until it is ready, beside what `ray.init` alone takes.
+
+    Example:  profile-service bench startup --rounds 5 --json
+    """
+    from benchmarks import startup as benchmark
+
+    _run(benchmark, benchmark.Options(shards=shards, rounds=rounds, data_dir=data_dir), plot, as_json)
+
+
 def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) -> None:
     """Measures, draws where told, and prints the figures."""
     from profile_service.commands.terminal import stderr, stdout

@@ -28,6 +28,7 @@ COMMANDS = (
     ["bench", "ingest"],
     ["bench", "recovery"],
     ["bench", "snapshot"],
+    ["bench", "startup"],
 )
 HEAVY = ("ray", "numba", "numpy", "pyarrow", "grpc", "pydantic", "google.protobuf")
 
