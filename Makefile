@@ -11,7 +11,7 @@ NODE := tests/e2e/node
 # What `make bench` runs (`profile-service bench --help` lists them), and what is passed on: make bench BENCH=ingest ARGS=--json
 BENCH ?= ingest
 ARGS ?=
-# Two workers; the tests that start the service share one of them (tests/conftest.py), so that two clusters never fight for two cores.
+# Two workers; the tests that share a service stay on one of them (tests/conftest.py).
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --durations 15
 
 SHELL := /bin/bash

@@ -51,9 +51,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keeps everything that starts the service on one worker: two of them at once starve each other of cores."""
+    """Keeps together what shares a service: all that use the one of tests/e2e, and otherwise the tests of a file.
+
+    So as many services run at a time as there are workers, and no worker is idle while another has all the services
+    before it.
+    """
     if any(item.path.is_relative_to(path) for path in STARTS_THE_SERVICE):
-        item.add_marker(pytest.mark.xdist_group("service"))
+        shares = item.path.parent.name == "e2e" and "service" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("service" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session")

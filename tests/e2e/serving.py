@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +49,14 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": os.pathsep.join(path), "COLUMNS": "200"}
 
 
+@contextlib.contextmanager
+def _turn_to_start() -> Iterator[None]:
+    """One service starts at a time, whoever tests: a start keeps every processor busy, and Ray gives up after 30 s."""
+    with (Path(tempfile.gettempdir()) / "profile-service-tests.start").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class ServeProcess:
     """`profile-service serve` on free ports, ready to be used; ended at the end of a `with`, tree and all.
 
@@ -53,6 +64,11 @@ class ServeProcess:
     """
 
     def __init__(self, *flags: str, prefix: Sequence[str] = ()) -> None:
+        with _turn_to_start():
+            self._start(flags, prefix)
+        self.tree()
+
+    def _start(self, flags: Sequence[str], prefix: Sequence[str]) -> None:
         arguments = ("-m", "profile_service", "serve", "--grpc-port", "0", "--http-port", "0", *flags)
         self._process = subprocess.Popen(
             [*prefix, sys.executable, *arguments],
@@ -71,7 +87,6 @@ class ServeProcess:
         except BaseException:
             self.kill()
             raise
-        self.tree()
 
     @property
     def output(self) -> str:

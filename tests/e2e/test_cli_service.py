@@ -156,7 +156,7 @@ def test_rows_too_large_for_one_message_go_in_several(service: ServeProcess, tmp
 
 def test_an_interrupted_run_goes_on_without_counting_an_event_twice(service: ServeProcess, tmp_path: Path) -> None:
     users = [f"interrupted-{i}" for i in range(20)]
-    rows = 1_500_000
+    rows = 600_000
     path = tmp_path / "events.parquet"
     pq.write_table(cars([users[i % len(users)] for i in range(rows)]), path)
     command = [sys.executable, "-m", "profile_service", "ingest", str(path), "--address", service.grpc_address]
