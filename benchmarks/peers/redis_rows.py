@@ -54,13 +54,15 @@ class RedisRows:
         if program is None:
             raise BenchmarkError("the peer needs redis-server: make bench-tools installs it")
         self._directory = tempfile.TemporaryDirectory(prefix="profile-service-bench-", dir=Path.cwd())
-        path = Path(self._directory.name)
-        flags = ["--port", "0", "--unixsocket", str(path / "socket"), "--dir", str(path), "--save", ""]
+        # Apart from what is stored: the path of a socket may have a hundred bytes only.
+        self._socket_directory = tempfile.TemporaryDirectory(prefix="redis-")
+        socket = str(Path(self._socket_directory.name) / "socket")
+        flags = ["--port", "0", "--unixsocket", socket, "--dir", self._directory.name, "--save", ""]
         self._server = subprocess.Popen(
             [program, *flags, "--appendonly", "yes", "--appendfsync", "everysec"], stdout=subprocess.DEVNULL
         )
         self.server: psutil.Process | None = psutil.Process(self._server.pid)
-        self._redis = redis.Redis(unix_socket_path=str(path / "socket"))
+        self._redis = redis.Redis(unix_socket_path=socket)
         self._colors = {name: number for number, name in enumerate(COLORS)}
         self._makes: dict[str, int] = {}
         self._empty = np.zeros(1, ROW).tobytes()
@@ -151,3 +153,4 @@ class RedisRows:
         self._server.terminate()
         self._server.wait(_START_TIMEOUT_S)
         self._directory.cleanup()
+        self._socket_directory.cleanup()

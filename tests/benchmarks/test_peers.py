@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,6 @@ USERS = 40
 
 @pytest.fixture(params=["dicts", "redis"])
 def peer(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    if request.param == "redis" and shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed: make bench-tools")
     monkeypatch.chdir(tmp_path)
     kind: Peer = RedisRows() if request.param == "redis" else Dicts()
     yield kind
