@@ -174,5 +174,84 @@ leading_zeros: Callable[[np.uint64], int] = _intrinsic(_leading_zeros)
 """How many of a u8's upper bits are 0: 64 for 0."""
 
 
+LANES = 8
+"""How many elements `equal_lanes` and `least_lane` look at."""
+
+
+def _equal_lanes(typingctx: Any, array: Any, row: Any, column: Any, value: Any) -> Any:
+    if not (_is_matrix(array) and value == array.dtype):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        held = _lanes(context, builder, signature.args[0], *args[:3])
+        wanted = _ir.Constant(held.type, _ir.Undefined)
+        for lane in range(LANES):
+            wanted = builder.insert_element(wanted, args[3], _ir.IntType(32)(lane))
+        is_real = isinstance(array.dtype, types.Float)
+        equal = builder.fcmp_ordered("==", held, wanted) if is_real else builder.icmp_unsigned("==", held, wanted)
+        return builder.zext(builder.bitcast(equal, _ir.IntType(LANES)), _ir.IntType(64))
+
+    return types.int64(array, types.int64, types.int64, value), codegen
+
+
+equal_lanes: Callable[[NDArray[Any], int, int, Any], int] = _intrinsic(_equal_lanes)
+"""Which of the `LANES` elements of a contiguous matrix from a row and column on equal a value of its type: a bit each,
+the first the lowest. One comparison of the processor's vectors, and nothing for it to foresee."""
+
+
+def _least_lane(typingctx: Any, array: Any, row: Any, column: Any) -> Any:
+    if not (_is_matrix(array) and isinstance(array.dtype, types.Float)):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        least = _lanes(context, builder, signature.args[0], *args)
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            halves = [
+                builder.shuffle_vector(
+                    least,
+                    _ir.Constant(least.type, _ir.Undefined),
+                    _ir.Constant(_ir.VectorType(_ir.IntType(32), lanes), list(range(first, first + lanes))),
+                )
+                for first in (0, lanes)
+            ]
+            least = builder.select(builder.fcmp_ordered("<", *halves), *halves)
+        return builder.extract_element(least, _ir.IntType(32)(0))
+
+    return array.dtype(array, types.int64, types.int64), codegen
+
+
+least_lane: Callable[[NDArray[Any], int, int], float] = _intrinsic(_least_lane)
+"""The least of the `LANES` floats of a contiguous matrix from a row and column on."""
+
+
+def _trailing_zeros(typingctx: Any, value: Any) -> Any:
+    if value != types.int64:
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], _ir.IntType(1)(0))
+
+    return types.int64(value), codegen
+
+
+trailing_zeros: Callable[[int], int] = _intrinsic(_trailing_zeros)
+"""How many of an i8's lower bits are 0: 64 for 0."""
+
+
+def _is_matrix(array: Any) -> bool:
+    return isinstance(array, types.Array) and array.ndim == 2 and array.layout == "C"
+
+
+def _lanes(context: Any, builder: Any, array_type: Any, array: Any, row: Any, column: Any) -> Any:
+    made = context.make_array(array_type)(context, builder, array)
+    width = builder.extract_value(made.shape, 1)
+    first = builder.gep(made.data, [builder.add(builder.mul(row, width), column)])
+    lanes = _ir.VectorType(context.get_value_type(array_type.dtype), LANES)
+    size = array_type.dtype.bitwidth // 8
+    return builder.load(builder.bitcast(first, lanes.as_pointer()), align=size, typ=lanes)
+
+
 def _address(context: Any, builder: Any, array_type: Any, array: Any, offset: Any) -> Any:
     return _pointer_add(builder, context.make_array(array_type)(context, builder, array).data, offset)

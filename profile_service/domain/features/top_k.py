@@ -43,7 +43,7 @@ from profile_service.domain.features.base import (
     Weights,
     entry,
 )
-from profile_service.domain.kernel import inlined_kernel
+from profile_service.domain.kernel import LANES, equal_lanes, inlined_kernel, least_lane, trailing_zeros
 from userprofile.v1 import profile_pb2
 
 POPULATION_COUNTERS = 64
@@ -102,31 +102,54 @@ def update(
         if place == k:
             place = _lightest(f4, row, counters, k)
             f4[row, counters + k + place] = f4[row, counters + place]
-        u4[row, ids + place] = value
+        # Written where it changes alone: all ids are read at once, which waits for one written just before.
+        if u4[row, ids + place] != value:
+            u4[row, ids + place] = value
         f4[row, counters + place] = add_rounded(f4[row, counters + place], w, operation[ROUNDED_BITS])
 
 
 @inlined_kernel
-def _place_of(u4: NDArray[np.uint32], row: int, ids: int, k: int, value: int) -> int:
+def _place_of(u4: NDArray[np.uint32], row: int, ids: int, k: int, value: np.uint32) -> int:
     """The value's counter, or the first free one; k for neither."""
-    for j in range(k):
-        held = u4[row, ids + j]
-        if held == value or held == 0:
-            return j
+    if k < LANES:
+        for j in range(k):
+            held = u4[row, ids + j]
+            if held == value or held == 0:
+                return j
+        return k
+    # The last lanes lie over those before, rather than beyond the ids.
+    last = k - LANES
+    for first in range(0, k, 2 * LANES):
+        one, two = min(first, last), min(first + LANES, last)
+        found = _taken_or_free(u4, row, ids + one, value) | (_taken_or_free(u4, row, ids + two, value) << (two - one))
+        if found != 0:
+            return one + trailing_zeros(found)
     return k
+
+
+@inlined_kernel
+def _taken_or_free(u4: NDArray[np.uint32], row: int, first: int, value: np.uint32) -> int:
+    return equal_lanes(u4, row, first, value) | equal_lanes(u4, row, first, np.uint32(0))
 
 
 @inlined_kernel
 def _lightest(f4: Weights, row: int, counters: int, k: int) -> int:
     """The first of the lightest counters."""
     least = f4[row, counters]
-    for j in range(1, k):
-        weight = f4[row, counters + j]
-        least = min(least, weight)
-    place = k
-    for j in range(k):
-        place = min(place, j if f4[row, counters + j] == least else k)
-    return place
+    if k < LANES:
+        place = 0
+        for j in range(1, k):
+            if f4[row, counters + j] < least:
+                least, place = f4[row, counters + j], j
+        return place
+    last = k - LANES
+    for first in range(0, k, LANES):
+        least = min(least, least_lane(f4, row, counters + min(first, last)))
+    for first in range(0, k, LANES):
+        found = equal_lanes(f4, row, counters + min(first, last), least)
+        if found != 0:
+            return min(first, last) + trailing_zeros(found)
+    return 0
 
 
 class TopKFeature(Feature):
