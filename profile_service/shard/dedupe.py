@@ -6,9 +6,9 @@
     event ids          a bounded window of 64-bit keys, the oldest out first
 
 All three are bounded in number and in time; time is the arrival time that the log holds, so that a replay decides
-alike. Each has two ways in: `admit` decides about what arrives, `note` learns from the log what was decided. Noting is
-idempotent, so a snapshot may hold more of it than the log had when the snapshot began. So each is copied piece by
-piece while it changes: what changes meanwhile is in the log.
+alike. Only what is to be counted, and so goes to the log, is noted: what is held is a function of the log. Noting is
+idempotent, so a snapshot may hold more of it than the log had when the snapshot began. So each is copied piece by piece
+while it changes: what changes meanwhile is in the log.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ class Request:
     """The partitions that it has reached, a bit each."""
     used_ns: int
 
+    def among(self, partitions: NDArray[np.int64]) -> list[int]:
+        """Which of these partitions it has reached."""
+        return [partition for partition in np.unique(partitions).tolist() if self.reached >> partition & 1]
+
 
 class ProducerSequences:
     """Which batches each producer has had applied, by partition, and which requests."""
@@ -78,25 +82,24 @@ class ProducerSequences:
         producer = self._producers.get(producer_id)
         return producer.acknowledged if producer else 0
 
-    def admit(
-        self, producer_id: str, sequence: int, acknowledged: int, partitions: NDArray[np.int64], now_ns: int
+    def fresh(
+        self, producer_id: str, sequence: int, partitions: NDArray[np.int64], now_ns: int
     ) -> NDArray[np.bool_] | None:
-        """Which events of a part are not applied yet, and notes that they now are; None for all of them."""
+        """Which events of a part, of these partitions, are not applied yet; None for all of them."""
         if producer_id.startswith(REQUEST_PREFIX):
-            repeated = self._reach(producer_id, partitions, now_ns)
+            request = self._requests.get(producer_id)
+            repeated = request.among(partitions) if request else []
             return ~np.isin(partitions, repeated) if repeated else None
-        producer = self._use(producer_id, acknowledged, now_ns)
-        fresh: NDArray[np.bool_] = producer.last[partitions] < sequence
-        if fresh.all():
-            producer.last[partitions] = sequence
+        producer = self._producers.get(producer_id)
+        if producer is None or producer.used_ns < now_ns - self._window_ns:
             return None
-        producer.last[partitions[fresh]] = sequence
-        return fresh
+        fresh: NDArray[np.bool_] = producer.last[partitions] < sequence
+        return None if fresh.all() else fresh
 
     def note(
         self, producer_id: str, sequence: int, acknowledged: int, partitions: NDArray[np.int64], now_ns: int
     ) -> None:
-        """Learns that a part was applied in these partitions; to learn it again changes nothing."""
+        """Learns that a part was applied to these partitions; to learn it again changes nothing."""
         if producer_id.startswith(REQUEST_PREFIX):
             self._reach(producer_id, partitions, now_ns)
         else:
@@ -132,18 +135,15 @@ class ProducerSequences:
             self._places[oldest.number] = None
             self._free_places.append(oldest.number)
 
-    def _reach(self, request_id: str, partitions: NDArray[np.int64], now_ns: int) -> list[int]:
-        """Notes that the request has reached the partitions; returns those that it had reached before."""
+    def _reach(self, request_id: str, partitions: NDArray[np.int64], now_ns: int) -> None:
+        """Notes that the request has reached the partitions."""
         request = self._requests.get(request_id)
         if request is None:
             self._forget_requests(now_ns)
             request = self._add_request(request_id, 0, now_ns)
-        touched = np.flatnonzero(np.bincount(partitions, minlength=self.partitions)).tolist()
-        repeated = [partition for partition in touched if request.reached >> partition & 1]
-        for partition in touched:
+        for partition in np.unique(partitions).tolist():
             request.reached |= 1 << partition
         request.used_ns = max(request.used_ns, now_ns)
-        return repeated
 
     def _add_request(self, request_id: str, reached: int, used_ns: int) -> Request:
         request = Request(request_id, reached, used_ns)

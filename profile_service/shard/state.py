@@ -94,10 +94,11 @@ class ShardState:
         event_id_hashes: NDArray[np.uint64],
         now_ns: int,
     ) -> NDArray[np.bool_] | None:
-        """Which events of a part were not counted before, and notes that they now are; None for all of them."""
+        """Which events of a part were not counted before, and notes that they now are; None for all of them. A part
+        without events only tells up to where its producer is acknowledged."""
         fresh = None
         if producer_id:
-            fresh = self.producers.admit(producer_id, sequence, acknowledged_sequence, partitions, now_ns)
+            fresh = self.producers.fresh(producer_id, sequence, partitions, now_ns)
         chosen = None if fresh is None else np.flatnonzero(fresh)
         keys = event_id_hashes if chosen is None else event_id_hashes[chosen]
         if keys.any():
@@ -106,8 +107,10 @@ class ShardState:
                 chosen = np.flatnonzero(new) if chosen is None else chosen[new]
                 fresh = np.zeros(len(event_id_hashes), dtype=np.bool_)
                 fresh[chosen] = True
-        if fresh is not None:
-            self.duplicate_count += len(fresh) - int(np.count_nonzero(fresh))
+        counted = partitions if fresh is None else partitions[fresh]
+        self.duplicate_count += len(partitions) - len(counted)
+        if producer_id and (len(counted) or not len(partitions)):
+            self.producers.note(producer_id, sequence, acknowledged_sequence, counted, now_ns)
         return fresh
 
     def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:

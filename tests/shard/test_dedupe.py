@@ -5,10 +5,20 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
 
 HOUR = 3600 * 10**9
+
+
+def admit(
+    sequences: ProducerSequences, producer_id: str, sequence: int, partitions: NDArray[np.int64], now_ns: int
+) -> NDArray[np.bool_] | None:
+    """Asks, and counts what is fresh."""
+    fresh = sequences.fresh(producer_id, sequence, partitions, now_ns)
+    sequences.note(producer_id, sequence, 0, partitions if fresh is None else partitions[fresh], now_ns)
+    return fresh
 
 
 @given(st.data())
@@ -22,7 +32,7 @@ def test_each_partition_of_each_batch_is_admitted_once(data: st.DataObject) -> N
         sequence = data.draw(st.integers(1, min(5, newest + 1)))
         newest = max(newest, sequence)
         partitions = np.array(batches[sequence], dtype=np.int64)
-        fresh = sequences.admit("p", sequence, 0, partitions, 0)
+        fresh = admit(sequences, "p", sequence, partitions, 0)
         for position, partition in enumerate(batches[sequence]):
             if fresh is None or fresh[position]:
                 key = sequence, partition
@@ -35,17 +45,19 @@ def test_each_partition_of_each_batch_is_admitted_once(data: st.DataObject) -> N
 
 def test_a_request_id_counts_once_for_each_partition() -> None:
     sequences = ProducerSequences(8, HOUR)
-    assert sequences.admit("request:r", 1, 0, np.array([1, 1, 2]), 0) is None
-    fresh = sequences.admit("request:r", 1, 0, np.array([1, 3, 2]), 0)
+    assert admit(sequences, "request:r", 1, np.array([1, 1, 2]), 0) is None
+    fresh = admit(sequences, "request:r", 1, np.array([1, 3, 2]), 0)
     assert fresh is not None
     assert fresh.tolist() == [False, True, False]
 
 
 def test_idle_producers_are_forgotten_and_busy_ones_are_not() -> None:
     sequences = ProducerSequences(4, HOUR)
-    sequences.admit("idle", 1, 0, np.array([0]), 0)
-    sequences.admit("busy", 1, 1, np.array([0]), 0)
-    sequences.admit("busy", 2, 1, np.array([0]), 2 * HOUR)
+    sequences.note("idle", 1, 0, np.array([0]), 0)
+    sequences.note("busy", 1, 1, np.array([0]), 0)
+    assert sequences.fresh("idle", 1, np.array([0]), HOUR) is not None
+    assert sequences.fresh("idle", 1, np.array([0]), HOUR + 1) is None
+    sequences.note("busy", 2, 1, np.array([0]), 2 * HOUR)
     assert len(sequences) == 1
     assert sequences.acknowledged("busy") == 1
     assert sequences.acknowledged("idle") == 0

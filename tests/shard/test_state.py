@@ -198,7 +198,7 @@ def check_same(state: ShardState, other: ShardState, users: Iterable[str] = USER
     for producer in [producer for producer in PRODUCERS if producer]:
         for sequence in range(8):
             asked = [
-                s.producers.admit(producer, sequence, 0, partitions, NOW_NS + 10**6 * SECOND_NS) for s in (state, other)
+                s.producers.fresh(producer, sequence, partitions, NOW_NS + 10**4 * SECOND_NS) for s in (state, other)
             ]
             assert _answer(asked[0]) == _answer(asked[1]), (producer, sequence)
         assert state.producers.acknowledged(producer) == other.producers.acknowledged(producer)
@@ -289,6 +289,17 @@ def test_so_it_is_for_any_schema_and_for_snapshots_of_what_was_recovered(data: s
                 profiles = [s.state.table.profile(user, NOW_NS + SECOND_NS) for s in (straight, other)]
                 assert profiles[0] == profiles[1]
             straight = other
+
+
+def test_a_batch_of_which_every_event_was_counted_leaves_nothing() -> None:
+    """Nothing of it is in the log: whoever asks before a crash is told what a recovery tells."""
+    straight = Straight(SCHEMA, new_state(SCHEMA))
+    taken = Taken(straight)
+    taken.finish()
+    for producer, sequence in (("", 0), ("p1", 3), ("request:a", 1)):
+        straight.commit(Batch([Event("u1", "view", NOW_NS, {})], ["e1"], producer, sequence))
+    assert (straight.state.event_count, straight.state.duplicate_count, len(straight.log)) == (1, 2, 1)
+    check_same(straight.state, taken.recover())
 
 
 def test_a_user_who_goes_and_comes_again_while_blocks_are_copied() -> None:

@@ -157,7 +157,7 @@ def refuse_after_noting() -> Sequence[AbstractContextManager[object]]:
     def hasty(shard: Shard, submission: Any) -> Any:
         checked = check(shard, submission)
         for part in checked or ():
-            shard._state.producers.admit(
+            shard._state.producers.note(
                 part.part.producer_id or "nobody", part.part.sequence, 0, part.partitions, part.part.arrival_time_ns
             )
         return checked
