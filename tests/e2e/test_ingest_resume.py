@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -61,12 +60,11 @@ def _command_line(process: psutil.Process) -> list[str]:
 
 @pytest.fixture(scope="module")
 def restartable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    data_dir = tmp_path_factory.mktemp("resume")
-    flags = ("--shards", "2", "--data-dir", str(data_dir), "--grpc-port", str(port))
-    service = Restartable(flags, f"127.0.0.1:{port}", ServeProcess(*flags))
+    flags = ("--shards", "2", "--data-dir", str(tmp_path_factory.mktemp("resume")))
+    process = ServeProcess(*flags)
+    address = process.grpc_address
+    # Again at the port that it drew.
+    service = Restartable((*flags, "--grpc-port", address.rpartition(":")[2]), address, process)
     try:
         yield service
     finally:
@@ -217,7 +215,12 @@ def test_it_goes_on_after_everything_was_killed(restartable: Restartable, shop: 
 def test_of_two_that_send_the_same_file_the_later_goes_on(restartable: Restartable, shop: Shop) -> None:
     earlier = begin(restartable, shop)
     wait_for_progress(restartable, shop, 0.1)
+    # Else it might be done before the later one begins.
+    earlier.send_signal(signal.SIGSTOP)
+    left = counted_share(restartable, shop)
     later = begin(restartable, shop)
+    wait_for_progress(restartable, shop, min(1.0, left + 2 * OWN_SHARE))
+    earlier.send_signal(signal.SIGCONT)
     _, errors = earlier.communicate(timeout=FINISH_S)
     assert earlier.returncode == 1
     assert "another command that sends the same has taken over" in errors
