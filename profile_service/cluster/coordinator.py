@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -149,7 +149,7 @@ class Coordinator:
 
     async def start(self) -> None:
         """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
-        found = await self._ask_all({number: shard.describe() for number, shard in self._shards.items()}, FIRST_LOOK_S)
+        found = await self._ask_all(self._shards, lambda shard_id: self._shards[shard_id].describe(), FIRST_LOOK_S)
         for shard_id, located in found.items():
             self._stands(shard_id, Standing(located.state, located.progress, located.message))
         epochs = [located.epoch for located in found.values()]
@@ -170,13 +170,14 @@ class Coordinator:
 
     async def share_population(self) -> None:
         """One round of the population. Of a shard that is away the sums are those of before."""
-        reading = {number: shard for number, shard in self._shards.items() if self._standings[number].reads}
-        calls = {number: shard.population_state() for number, shard in reading.items()}
-        self._populations |= await self._ask_all(calls, TELL_TIMEOUT_S)
+        shards = self._shards
+        reading = [shard_id for shard_id in shards if self._standings[shard_id].reads]
+        self._populations |= await self._ask_all(
+            reading, lambda shard_id: shards[shard_id].population_state(), TELL_TIMEOUT_S
+        )
         merged = [state for _, state in sorted(self._populations.items())]
         if merged:
-            given = {number: shard.set_population(merged) for number, shard in reading.items()}
-            await self._ask_all(given, TELL_TIMEOUT_S)
+            await self._ask_all(reading, lambda shard_id: shards[shard_id].set_population(merged), TELL_TIMEOUT_S)
 
     async def _look_at(self, shard_id: int) -> None:
         try:
@@ -232,24 +233,25 @@ class Coordinator:
 
     async def _tell(self, topology: Topology, shard_ids: Sequence[int]) -> None:
         # Whoever misses it is told after the next look: its epoch gives it away.
-        calls = {
-            shard_id: self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
-            for shard_id in shard_ids
-        }
-        await self._ask_all(calls, TELL_TIMEOUT_S)
+        def tell(shard_id: int) -> Awaitable[None]:
+            return self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
 
-    async def _ask_all(self, calls: Mapping[int, Awaitable[Answer]], timeout_s: float) -> dict[int, Answer]:
+        await self._ask_all(shard_ids, tell, TELL_TIMEOUT_S)
+
+    async def _ask_all(
+        self, shard_ids: Iterable[int], call: Callable[[int], Awaitable[Answer]], timeout_s: float
+    ) -> dict[int, Answer]:
         """The answers of those that answer in time, by shard id."""
 
-        async def ask(shard_id: int, call: Awaitable[Answer]) -> tuple[int, Answer] | None:
+        async def ask(shard_id: int) -> tuple[int, Answer] | None:
             try:
                 async with asyncio.timeout(timeout_s):
-                    return shard_id, await call
+                    return shard_id, await call(shard_id)
             except Exception as error:  # noqa: BLE001  # The calls are remote: whatever it is, the shard did not answer.
                 logger.debug("shard %d does not answer: %s", shard_id, reason_of(error))
                 return None
 
-        answered = await asyncio.gather(*(ask(shard_id, call) for shard_id, call in calls.items()))
+        answered = await asyncio.gather(*map(ask, shard_ids))
         return dict(answer for answer in answered if answer is not None)
 
     async def _watch(self, shard_id: int) -> None:
