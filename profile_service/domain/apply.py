@@ -23,6 +23,11 @@ from profile_service.domain.kernel import leaf_kernel, prefetch
 
 BLOCK_EVENTS = 64
 
+POPULATION = 1
+"""Numbers of texts, and the population's row."""
+USERS = 2
+"""Users' rows. By itself, it takes the numbers of texts that were found before."""
+
 _LINE_BYTES = 64
 """Of a cache line."""
 
@@ -117,8 +122,12 @@ def apply_events(
     stamps: NDArray[np.int64],
     positions: NDArray[np.int64],
     marks: NDArray[np.uint8],
+    parts: int,
+    text_ids: NDArray[np.uint32],
 ) -> None:
-    """Counts the events `start` to `stop` of columns into their users' rows and into the population.
+    """Counts the events `start` to `stop` of columns into their users' rows and into the population, or, by `parts`,
+    into one of them. The two may run at the same time, each with scratch space of its own: `text_ids`, by interned
+    attribute and event, carries over what the first one has found; where both are one call, it has no columns.
 
     `header` is the slot with which a row's header begins. `interned` and `listed` are the attributes that some feature
     keeps as text, or lists values of. `received_ns` and `positions` begin with the event `start`. An event goes to the
@@ -136,29 +145,39 @@ def apply_events(
         last = min(first + BLOCK_EVENTS, stop)
         count = last - first
         rows = block_rows[:count]
-        fresh = user_state[HIGH_WATER]
-        find_many(users, buffer, user_offset[first:last], user_length[first:last], user_hash[first:last], True, rows)
-        for row in range(fresh, user_state[HIGH_WATER]):
-            for k in range(len(template)):
-                u1[row, k] = template[k]
-        for i in range(count):
-            line = rows[i] * u1.shape[1]
-            end = line + u1.shape[1]
-            while line < end:
-                prefetch(u1, line)
-                line += _LINE_BYTES
+        if parts & USERS:
+            fresh = user_state[HIGH_WATER]
+            find_many(
+                users, buffer, user_offset[first:last], user_length[first:last], user_hash[first:last], True, rows
+            )
+            for row in range(fresh, user_state[HIGH_WATER]):
+                for k in range(len(template)):
+                    u1[row, k] = template[k]
+            for i in range(count):
+                line = rows[i] * u1.shape[1]
+                end = line + u1.shape[1]
+                while line < end:
+                    prefetch(u1, line)
+                    line += _LINE_BYTES
         for n in range(len(half_lives_ns)):
             if half_lives_ns[n] != 0:
                 decompose(time_ns[first:last], half_lives_ns[n], block_grids[n], block_mantissas[n])
         for n in range(len(interned)):
             a = interned[n]
             numbers, ids = block_numbers[:count], block_text_ids[a]
+            if not parts & POPULATION:
+                for i in range(count):
+                    ids[i] = text_ids[n, first - start + i]
+                continue
             offset, length, key = text_offset[a][first:last], text_length[a][first:last], text_hash[a][first:last]
             find_many(texts, buffer, offset, length, key, True, numbers)
             for i in range(count):
                 ids[i] = numbers[i] + 1
                 if 0 <= numbers[i] < len(marks):
                     marks[numbers[i]] = 1
+            if text_ids.shape[1] > 0:
+                for i in range(count):
+                    text_ids[n, first - start + i] = ids[i]
         for n in range(len(listed)):
             a = listed[n]
             numbers = block_value_numbers[a]
@@ -181,13 +200,15 @@ def apply_events(
             number,
         )
         received = received_ns[first - start : last - start]
-        update_header(population_i8, 0, everyone[:count], times, received)
-        for n in range(len(population_operations)):
-            update(population, population_operations[n], population_tables, events, everyone[:count])
-        if len(stamps) > 0:
-            for i in range(count):
-                if stamps[rows[i]] > positions[first - start + i]:
-                    rows[i] = -1
-        update_header(i8, header, rows, times, received)
-        for n in range(len(operations)):
-            update(views, operations[n], tables, events, rows)
+        if parts & POPULATION:
+            update_header(population_i8, 0, everyone[:count], times, received)
+            for n in range(len(population_operations)):
+                update(population, population_operations[n], population_tables, events, everyone[:count])
+        if parts & USERS:
+            if len(stamps) > 0:
+                for i in range(count):
+                    if stamps[rows[i]] > positions[first - start + i]:
+                        rows[i] = -1
+            update_header(i8, header, rows, times, received)
+            for n in range(len(operations)):
+                update(views, operations[n], tables, events, rows)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.apply import Scratch, apply_events
+from profile_service.domain.apply import POPULATION, USERS, Scratch, apply_events
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.decay import half_life_to_ns
 from profile_service.domain.features.base import ReadContext
@@ -91,9 +91,11 @@ class ProfileTable:
             np.array([half_life_to_ns(seconds) for seconds in layout.half_lives_s], dtype=np.int64),
             np.array(self._interned, dtype=np.int64),
             np.array(sorted({f.attribute for f in features if f.vocabulary()}), dtype=np.int64),
-            *Scratch.make(len(layout.half_lives_s), len(schema.text_attributes)),
         )
         """What `apply_events` is given each time."""
+        self._scratch, self._scratch_beside = (
+            Scratch.make(len(layout.half_lives_s), len(schema.text_attributes)) for _ in range(2)
+        )
 
     def __len__(self) -> int:
         return len(self.users)
@@ -120,15 +122,23 @@ class ProfileTable:
 
     def has_room(self, events: int, size_bytes: int) -> bool:
         """Whether that many events of that many bytes surely fit, were every user and text of theirs new."""
-        texts = events * max(1, len(self._interned))
-        return self.users.make_room(events, size_bytes) and self.texts.make_room(texts, size_bytes)
+        return self.has_room_for_users(events, size_bytes) and self.has_room_for_texts(events, size_bytes)
+
+    def has_room_for_users(self, events: int, size_bytes: int) -> bool:
+        """As `has_room`, but for the users alone."""
+        return self.users.make_room(events, size_bytes)
+
+    def has_room_for_texts(self, events: int, size_bytes: int) -> bool:
+        """As `has_room`, but for the texts alone."""
+        return self.texts.make_room(events * max(1, len(self._interned)), size_bytes)
 
     def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:
         """Counts the events `start` to `stop` of `columns` into their users' rows and into the population.
 
         `received_ns` is when they arrived. The caller has seen `has_room`.
         """
-        self._apply(columns, start, stop, np.full(stop - start, received_ns, dtype=np.int64), _NO_STAMPS, _NO_STAMPS)
+        received = np.full(stop - start, received_ns, dtype=np.int64)
+        self._apply(POPULATION | USERS, columns, start, stop, received, _NO_STAMPS, _NO_STAMPS, self._no_text_ids)
 
     def replay(
         self,
@@ -139,21 +149,48 @@ class ProfileTable:
     ) -> None:
         """As `apply` for all of `columns`, each with its own time of arrival; but an event goes to the population only
         where the stamp of its row, in `stamps`, is above its position: the row holds it already."""
-        self._apply(columns, 0, columns.count, received_ns, _NO_STAMPS if stamps is None else stamps, positions)
+        held = _NO_STAMPS if stamps is None else stamps
+        self._apply(POPULATION | USERS, columns, 0, columns.count, received_ns, held, positions, self._no_text_ids)
+
+    def replay_population(self, columns: EventColumns, received_ns: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """The part of `replay` that goes to the population; returns what `replay_users` must be given. Another thread
+        may be in `replay_users` of events before meanwhile."""
+        text_ids = np.empty((len(self._interned), columns.count), dtype=np.uint32)
+        self._apply(POPULATION, columns, 0, columns.count, received_ns, _NO_STAMPS, _NO_STAMPS, text_ids)
+        return text_ids
+
+    def replay_users(
+        self,
+        columns: EventColumns,
+        received_ns: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        stamps: NDArray[np.int64] | None,
+        text_ids: NDArray[np.uint32],
+    ) -> None:
+        """The part of `replay` that goes to users' rows."""
+        held = _NO_STAMPS if stamps is None else stamps
+        self._apply(USERS, columns, 0, columns.count, received_ns, held, positions, text_ids)
+
+    @property
+    def _no_text_ids(self) -> NDArray[np.uint32]:
+        return np.empty((len(self._interned), 0), dtype=np.uint32)
 
     def _apply(
         self,
+        parts: int,
         columns: EventColumns,
         start: int,
         stop: int,
         received_ns: NDArray[np.int64],
         stamps: NDArray[np.int64],
         positions: NDArray[np.int64],
+        text_ids: NDArray[np.uint32],
     ) -> None:
         arguments: tuple[Any, ...] = (
             *self.users.arrays,
             *self.texts.arrays,
             *self._constant,
+            *(self._scratch_beside if parts == USERS else self._scratch),
             columns.buffer,
             columns.user_offset,
             columns.user_length,
@@ -170,6 +207,8 @@ class ProfileTable:
             stamps,
             positions,
             _NO_MARKS if self._marks is None else self._marks,
+            parts,
+            text_ids,
         )
         apply_events(*arguments)
 

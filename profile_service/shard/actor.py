@@ -20,6 +20,7 @@ import ray
 from profile_service.allocator import keep_freed_memory
 from profile_service.config import Settings
 from profile_service.shard.preload import Preload
+from profile_service.shard.startup import Startup
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class ShardActor:
     ) -> None:
         logging.basicConfig(level=logging.INFO, format=f"%(asctime)s shard {shard_id} %(levelname)s %(message)s")
         keep_freed_memory()
+        startup = Startup()
         preload = Preload(directory)
         from profile_service.shard.process import ShardProcess
 
         self._shard_id = shard_id
-        self._process = ShardProcess(shard_id, schema, settings, epoch, owned, identity, directory, preload)
+        self._process = ShardProcess(shard_id, schema, settings, epoch, owned, identity, directory, startup, preload)
         self._address = await self._process.start()
 
     async def describe(self) -> ShardDescription:

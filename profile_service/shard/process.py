@@ -50,7 +50,7 @@ class ShardProcess:
         schema: the schema file's text.
         epoch, owned: the partitions that it owns at `epoch`, until `update_topology` says more.
         identity: of the shard's directory.
-        preload: what was begun before this module was loaded.
+        startup, preload: what was begun before this module was loaded.
     """
 
     def __init__(
@@ -62,9 +62,10 @@ class ShardProcess:
         owned: Sequence[int],
         identity: bytes,
         directory: Path,
+        startup: Startup,
         preload: Preload,
     ) -> None:
-        self._startup = Startup()
+        self._startup = startup
         self._startup.done("code")
         self._shard_id = shard_id
         self._schema = parse_schema(schema)
@@ -107,6 +108,7 @@ class ShardProcess:
             logger.critical("shard %d cannot recover", self._shard_id, exc_info=error)
             expected = isinstance(error, ProfileServiceError)
             self.health.failed(str(error) if expected else f"{type(error).__name__}: {error}")
+            self._startup.over()
             return
         shard.update_topology(self._absent.epoch, self._absent.owned)
         self.shard = shard
@@ -115,6 +117,7 @@ class ShardProcess:
         self.health.serving()
         self._server.serve(shard)
         self._startup.done("serving")
+        self._startup.over()
         logger.info("serving after %s", self._startup)
 
     def _warm(self) -> None:

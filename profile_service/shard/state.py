@@ -155,20 +155,37 @@ class ShardState:
             ResourceExhausted: the table has no room for all users, or texts, of the log.
         """
         if self._replay is None:
-            self._replay = ReplayRuns(self._apply_run)
+            self._replay = ReplayRuns(self)
         self._replay.add(columns, positions, received_ns)
         self.event_count += columns.count
 
-    def _apply_run(
+    def apply_run(self, columns: EventColumns, positions: NDArray[np.int64], received_ns: NDArray[np.int64]) -> None:
+        """For `ReplayRuns`."""
+        self._expect_room(self.table.has_room(columns.count, len(columns.buffer)))
+        self.table.replay(columns, received_ns, positions, self._stamps_for(positions))
+
+    def apply_to_population(self, columns: EventColumns, received_ns: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """For `ReplayRuns`."""
+        self._expect_room(self.table.has_room_for_texts(columns.count, len(columns.buffer)))
+        return self.table.replay_population(columns, received_ns)
+
+    def apply_to_users(
         self,
         columns: EventColumns,
         positions: NDArray[np.int64],
         received_ns: NDArray[np.int64],
+        text_ids: NDArray[np.uint32],
     ) -> None:
-        if not self.table.has_room(columns.count, len(columns.buffer)):
+        """For `ReplayRuns`."""
+        self._expect_room(self.table.has_room_for_users(columns.count, len(columns.buffer)))
+        self.table.replay_users(columns, received_ns, positions, self._stamps_for(positions), text_ids)
+
+    def _expect_room(self, has_room: bool) -> None:
+        if not has_room:
             raise ResourceExhausted(f"the table has no room for more than {len(self.table)} users", retry_after_s=60.0)
-        stamps = self._stamps if positions[0] < self.newest_stamp else None
-        self.table.replay(columns, received_ns, positions, stamps)
+
+    def _stamps_for(self, positions: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        return self._stamps if positions[0] < self.newest_stamp else None
 
     def finish_replay(self) -> None:
         """Applies what is left of the replay, and forgets what only a replay needs."""

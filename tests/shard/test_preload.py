@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,22 @@ def test_a_table_that_needs_more_takes_memory_of_its_own(tmp_path: Path) -> None
     assert state.table.rows.shape[0] == most_users
     state.table.rows[0] = np.uint8(7)
     assert space[0] == 0
+
+
+def test_what_was_loaded_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / SNAPSHOT_DIRECTORY).mkdir()
+    size = 64 << 20
+    with (tmp_path / SNAPSHOT_DIRECTORY / "0000000001.snapshot").open("wb") as file:
+        file.truncate(size)
+    space = Preload(tmp_path).space()
+    assert space is not None
+    loaded = np.frombuffer(space, np.uint8, size)
+    loaded[::4096] = 7
+    for thread in threading.enumerate():
+        if thread.name == "preload":
+            thread.join()
+    assert (loaded[::4096] == 7).all()
+    assert not loaded[1::4096].any()
 
 
 def test_without_a_snapshot_nothing_is_brought_in(tmp_path: Path) -> None:

@@ -19,11 +19,15 @@ def test_a_process_knows_its_age() -> None:
 
 
 def test_phases_that_overlap_add_up_to_the_whole() -> None:
+    before = sys.getswitchinterval()
     startup = Startup()
+    assert sys.getswitchinterval() < before
     phases: tuple[Phase, ...] = ("code", "snapshot", "kernels", "log", "serving")
     for phase in phases:
         startup.done(phase)
         time.sleep(0.02)
+    startup.over()
+    assert sys.getswitchinterval() == before
     said = str(startup)
     match = re.fullmatch(r"([\d.]+) s: (.*)", said)
     assert match is not None
