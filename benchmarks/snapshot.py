@@ -6,7 +6,7 @@ Quiet stretches and snapshots take turns in one run, and batches are told apart 
 
     ──── without ────┬──── while a snapshot is written ────┬─ after ─┬──── without ────┬────
 
-`after` is the second that follows, in which old log files and the snapshot before the last are removed.
+`after` are the seconds that follow, in which the snapshot before the last is removed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BOUND_MS = 10.0
 STRETCHES = ("without", "during", "after")
 QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
-_AFTER_S = 1.0
+_AFTER_S = 5.0
 _SETTLE_S = 2.0
 """Before the first stretch: the first batches of a stream wait for connections, and caches are cold."""
 _SNAPSHOT_TIMEOUT_S = 600.0
@@ -128,14 +128,15 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             check_totals(address, before + len(seen.due) * options.batch, options.users)
     result["cpu_share_by_process"] = {name: used / seconds for name, used in spent.items() if used / seconds > 0.002}
     _summarise(result, seen)
-    during, without = result["during"]["p99_ms"], result["without"]["p99_ms"]
+    without = result["without"]["p99_ms"]
+    slowest = without + result["p99_difference_ms"]
     result["costs"] = [
         cost(
-            f"p99 of acknowledgements while a snapshot of {options.users:,} users runs, {options.rate:,} events/s",
+            f"p99 of acknowledgements during or after a snapshot of {options.users:,} users, {options.rate:,} events/s",
             bound=f"{BOUND_MS:g} ms above without",
-            figure=f"{during:.1f} ms",
+            figure=f"{slowest:.1f} ms",
             floor=f"without a snapshot {without:.1f} ms",
-            ratio=during / without,
+            ratio=slowest / without,
             held=result["within_bound"],
         )
     ]
@@ -196,7 +197,8 @@ def _summarise(result: dict[str, Any], seen: _Run) -> None:
             "batches": len(latency_ms),
             **{f"{title}_ms": float(np.quantile(latency_ms, q)) for title, q in QUANTILES.items()},
         }
-    result["p99_difference_ms"] = result["during"]["p99_ms"] - result["without"]["p99_ms"]
+    slowest = max(result["during"]["p99_ms"], result["after"]["p99_ms"])
+    result["p99_difference_ms"] = slowest - result["without"]["p99_ms"]
     result["within_bound"] = result["p99_difference_ms"] <= BOUND_MS
     origin = float(seen.due[0])
     result["snapshots"] = [

@@ -1,6 +1,6 @@
 """One snapshot after the other, each taken while its shard goes on.
 
-    idle ──due, or asked for──▶ copying ──last block──▶ publishing ──▶ trim the log ──▶ idle
+    idle ──due, or asked for──▶ copying ──last block──▶ publishing ──▶ trim the log ──▶ discard the old ──▶ idle
                                    │                        │
                                    └──────── disk full ─────┴──▶ abandoned; again after a while
 
@@ -10,7 +10,8 @@ nothing, and copies nothing while the buffers are full.
 
 The writer shares a disk with the log, whose syncs everybody waits for. So it syncs as often as makes each sync short,
 whatever the disk: what is not synced is never more than a few milliseconds of writing. And it rests as long as it
-works, so that half of the disk's time is left.
+works, so that half of the disk's time is left. The old snapshot goes in small pieces: the space of a whole one, given
+back at once, keeps a file system from syncing anything for tenths of a second.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from profile_service.errors import StorageFull, Unavailable
 from profile_service.shard.state import ShardState
 from profile_service.shard.state_blocks import StateCopy
 from profile_service.storage.fs import DiskFull
-from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
+from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore, SnapshotWriter
 
 BUFFERS = 4
 """Blocks that are copied and not yet written."""
@@ -43,6 +44,11 @@ LEAST_SYNC_BYTES, MOST_SYNC_BYTES = 256 << 10, 8 << 20
 
 REST_SHARE = 1.0
 """How long the writer rests after a stretch, in shares of the time that it took."""
+
+DISCARD_BYTES = 8 << 20
+"""How much of an old snapshot is given back at once."""
+DISCARD_REST_S = 0.02
+"""How long the next piece waits."""
 
 RETRY_S = 30.0
 """After how long a snapshot that found the disk full is tried again."""
@@ -176,7 +182,9 @@ class Snapshotter:
 
     async def _take(self, running: _Running) -> None:
         try:
-            info = await self._write(running)
+            await self._discard()
+            self._answer(running, await self._write(running))
+            await self._discard()
         except DiskFull as error:
             self._retry_ns = self._clock() + int(RETRY_S * NS)
             self.problem = f"no room for a snapshot: {error}"
@@ -185,48 +193,63 @@ class Snapshotter:
         except BaseException as error:  # noqa: BLE001 -- raised again by `step`, in the commit loop
             self._failure = error
             self._refuse(running.waiting, Unavailable(f"the snapshot failed: {error}", retry_after_s=1.0))
-        else:
-            if info is None:
-                self._refuse(running.waiting, Unavailable("the shard is shutting down", retry_after_s=1.0))
-            else:
-                self.last_position, self.last_time_ns, self.problem = info.replay_position, info.created_ns, ""
-                for waiting in running.waiting:
-                    if not waiting.done():
-                        waiting.set_result(info.replay_position)
         finally:
-            self._state.finish_copy()
             self._running = None
             self._ready()
 
+    def _answer(self, running: _Running, published: SnapshotInfo | None) -> None:
+        if published is None:
+            self._refuse(running.waiting, Unavailable("the shard is shutting down", retry_after_s=1.0))
+            return
+        self.last_position, self.last_time_ns, self.problem = published.replay_position, published.created_ns, ""
+        for waiting in running.waiting:
+            if not waiting.done():
+                waiting.set_result(published.replay_position)
+
+    async def _discard(self) -> None:
+        is_more = True
+        while is_more and not self._closed:
+            if is_more := await self._store.discard(DISCARD_BYTES):
+                await asyncio.sleep(DISCARD_REST_S)
+
     async def _write(self, running: _Running) -> SnapshotInfo | None:
         """Writes blocks as they come and publishes the snapshot; None when it was stopped before its end."""
-        writer = await self._store.begin(running.position, running.begun_ns)
-        pace = _Pace(asyncio.get_running_loop())
         try:
-            while (filled := await running.filled.get()) is not None:
-                pace.begin()
-                await writer.write(filled.kind, filled.stamp, [filled.payload])
-                running.give_back(filled.space)
-                self._ready()
-                is_stretch = pace.wrote(len(filled.payload))
-                if is_stretch:
-                    await writer.sync()
-                rest_s = pace.end(synced=is_stretch)
-                if rest_s > 0 and not self._closed:
-                    await asyncio.sleep(rest_s)
-            if not running.is_complete:
+            await self._discard()
+            writer = await self._store.begin(running.position, running.begun_ns)
+            try:
+                info = await self._write_blocks(running, writer)
+            except DiskFull:
                 await writer.abandon()
-                return None
-            # What a snapshot says was copied at a position must not be lost from the log.
-            await self._log.make_durable()
-            info = await writer.publish()
-        except DiskFull:
-            await writer.abandon()
-            raise
+                raise
+        finally:
+            self._state.finish_copy()
+        if info is None:
+            return None
         position = await self._store.trim_position()
         if position is not None:
             await self._log.trim(position)
         return info
+
+    async def _write_blocks(self, running: _Running, writer: SnapshotWriter) -> SnapshotInfo | None:
+        pace = _Pace(asyncio.get_running_loop())
+        while (filled := await running.filled.get()) is not None:
+            pace.begin()
+            await writer.write(filled.kind, filled.stamp, [filled.payload])
+            running.give_back(filled.space)
+            self._ready()
+            is_stretch = pace.wrote(len(filled.payload))
+            if is_stretch:
+                await writer.sync()
+            rest_s = pace.end(synced=is_stretch)
+            if rest_s > 0 and not self._closed:
+                await asyncio.sleep(rest_s)
+        if not running.is_complete:
+            await writer.abandon()
+            return None
+        # What a snapshot says was copied at a position must not be lost from the log.
+        await self._log.make_durable()
+        return await writer.publish()
 
     def _refuse(self, waiting: list[asyncio.Future[int]], error: Exception) -> None:
         for future in waiting:

@@ -281,6 +281,11 @@ class _Inode:
             self._keep(offset // SECTOR_BYTES * SECTOR_BYTES, -(-(offset + len(data)) // SECTOR_BYTES) * SECTOR_BYTES)
         self._writes.clear()
 
+    def truncate(self, size: int) -> None:
+        """It is durable at once: whoever shortens a file must have made sure before that nobody misses the rest."""
+        self._writes = [(offset, data[: size - offset]) for offset, data in self._writes if offset < size]
+        del self.data[size:], self._disk[size:]
+
     def fail_to_sync(self, rng: random.Random) -> None:
         """Each sector that was written reaches the disk, or never will unless it is written again."""
         for offset, data in self._writes:
@@ -372,6 +377,16 @@ class _File:
         if not alive:
             raise Crashed
         self._inode.sync()
+
+    def truncate(self, size: int) -> None:
+        assert self._open, "the file is closed"
+        assert self._writable, "the file was opened for reading"
+        assert size <= self.size, "a file is shortened, not lengthened"
+        alive = self._fs._operate("truncate")
+        self._fs._used_bytes -= self.size - size
+        self._inode.truncate(size)
+        if not alive:
+            raise Crashed
 
     def close(self) -> None:
         self._open = False

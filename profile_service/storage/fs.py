@@ -105,6 +105,9 @@ class File(Protocol):
         have dropped it.
         """
 
+    def truncate(self, size: int) -> None:
+        """Shortens the file. What is cut off may be lost at once, and even when a crash undoes what was done before."""
+
     def close(self) -> None:
         """Releases the file; syncs nothing. Closing twice does nothing."""
 
@@ -131,7 +134,8 @@ class FileSystem(Protocol):
         """An existing file. Raises FileNotFoundError."""
 
     def map(self, path: Path) -> memoryview:
-        """The whole file, read-only; lives as long as a slice of it does, even after the file was removed."""
+        """The whole file, read-only; lives as long as a slice of it does, even after the file was removed. It must not
+        be shortened meanwhile."""
 
     def names(self, directory: Path) -> list[str]:
         """The names in a directory, sorted. Raises FileNotFoundError."""
@@ -326,6 +330,9 @@ class _RealFile:
             os.fdatasync(self._descriptor)
         except OSError as error:
             raise _named(error) from error
+
+    def truncate(self, size: int) -> None:
+        os.ftruncate(self._descriptor, size)
 
     def close(self) -> None:
         if self._descriptor >= 0:

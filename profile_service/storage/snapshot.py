@@ -33,7 +33,8 @@ which a failing disk left in its place, is none of this one's. Every byte is und
 
 | what is found                                   | what it is                                                        |
 |-------------------------------------------------|-------------------------------------------------------------------|
-| `*.snapshot.new`                                | one that was never finished: removed when the next one begins     |
+| `*.snapshot.new`                                | one that was never finished: `discard` removes it                 |
+| `*.snapshot.old`                                | one that is no longer kept: `discard` removes it, bit by bit      |
 | header and footer whole                         | whole, as far as `list` can see; `blocks` checks each block       |
 | a format version above this one's               | refused: this version must not guess                              |
 | another identity or generation, checksum right  | another directory's, or renamed: refused                          |
@@ -45,6 +46,7 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +74,7 @@ _FOOTER_BYTES = _BLOCK.size + _FOOTER.size
 _ALIGNMENT = 8
 _SUFFIX = ".snapshot"
 _UNFINISHED = ".snapshot.new"
+_OLD = ".snapshot.old"
 _NAME = re.compile(r"(\d{10})\.snapshot")
 
 _COPY_BYTES = 1 << 22
@@ -135,11 +138,7 @@ class SnapshotStore:
 
     def list(self) -> list[SnapshotInfo]:
         """Every published snapshot, the newest first; a damaged one says so in `damage`."""
-        try:
-            names = self._fs.names(self._directory)
-        except FileNotFoundError:
-            return []
-        found = [(int(match[1]), name) for name in names if (match := _NAME.fullmatch(name))]
+        found = [(int(match[1]), name) for name in self._names() if (match := _NAME.fullmatch(name))]
         return [self._inspect(self._directory / name, generation) for generation, name in sorted(found, reverse=True)]
 
     def blocks(self, info: SnapshotInfo) -> Iterator[Block]:
@@ -201,6 +200,7 @@ class SnapshotStore:
                 if block.kind != SALVAGED:
                     writer.write_now(block.kind, block.stamp, [block.payload])
             writer.publish_now()
+            self._discard_all()
         except DiskFull:
             writer.abandon_now()
             raise
@@ -224,26 +224,64 @@ class SnapshotStore:
         whole = [info for info in found if not info.damage]
         return whole[KEPT - 1].replay_position if len(whole) >= KEPT else None
 
+    async def discard(self, most_bytes: int) -> bool:
+        """Gives back at most so many bytes of one that is no longer kept, or was never finished; returns whether there
+        is more. Not while one is written.
+
+        A file system that gives back a gigabyte at once makes everybody wait who syncs anything meanwhile.
+        """
+        more: bool = await self._run(lambda: self._discard(most_bytes))
+        return more
+
     def _begin(self, replay_position: int, created_ns: int) -> SnapshotWriter:
         self._fs.make_directory(self._directory)
+        self._discard_all()
         newest = 0
         for name in self._fs.names(self._directory):
-            if name.endswith(_UNFINISHED):
-                self._fs.remove(self._directory / name)
-            elif match := _NAME.fullmatch(name):
+            if match := _NAME.fullmatch(name):
                 newest = max(newest, int(match[1]))
         return SnapshotWriter(self, self._fs, self._directory, newest + 1, replay_position, created_ns, self._run)
 
-    def _remove_old(self) -> None:
-        """Removes what stands behind the last two whole ones; what is not this shard's stays where it is."""
+    def _names(self) -> Sequence[str]:
+        try:
+            return self._fs.names(self._directory)
+        except FileNotFoundError:  # before the first snapshot
+            return []
+
+    def _discard_all(self) -> None:
+        while self._discard(sys.maxsize):
+            pass
+
+    def _discard(self, most_bytes: int) -> bool:
+        paths = [self._directory / name for name in self._names() if name.endswith((_UNFINISHED, _OLD))]
+        if not paths:
+            return False
+        file = self._fs.open(paths[0], writable=True)
+        try:
+            rest = file.size - most_bytes
+            if rest > 0:
+                file.truncate(rest)
+                # Else a journal would gather many pieces, and give them back at once.
+                file.sync()
+        finally:
+            file.close()
+        if rest <= 0:
+            self._fs.remove(paths[0])
+        return rest > 0 or len(paths) > 1
+
+    def _set_old_aside(self) -> None:
+        """Gives what stands behind the last two whole ones a name for `discard`; what is not this shard's stays."""
         found = self.list()
         whole = [info for info in found if not info.damage]
         if len(whole) < KEPT:
             return
-        for info in found:
-            if info.generation < whole[KEPT - 1].generation and info.state in ("whole", "damaged"):
-                self._fs.remove(info.path)
-        # Not synced: a removal that a crash undoes leaves one more snapshot, which the next publishing removes.
+        limit = whole[KEPT - 1].generation
+        old = [info.path for info in found if info.generation < limit and info.state in ("whole", "damaged")]
+        for path in old:
+            self._fs.rename(path, path.with_suffix(_OLD))
+        if old:
+            # They are cut up under these names, and must not be found so under their own.
+            self._fs.sync_directory(self._directory)
 
     def _copy(self, data: memoryview, path: Path) -> None:
         """Writes a file, in place of one that a salvage before began to write."""
@@ -358,7 +396,7 @@ class SnapshotWriter:
         await self._run(self._file.sync)
 
     async def publish(self) -> SnapshotInfo:
-        """Makes the snapshot the newest one, durably, and removes those that are no longer kept."""
+        """Makes the snapshot the newest one, durably, and leaves those that are no longer kept to `discard`."""
         info: SnapshotInfo = await self._run(self.publish_now)
         return info
 
@@ -380,7 +418,7 @@ class SnapshotWriter:
         self._file.close()
         self._fs.rename(self._unfinished, self._path)
         self._fs.sync_directory(self._directory)
-        self._store._remove_old()
+        self._store._set_old_aside()
         return SnapshotInfo(self._path, self.generation, total, self.replay_position, self.created_ns)
 
     def _write_block(self, kind: int, stamp: int, buffers: Sequence[Buffer]) -> None:

@@ -137,6 +137,9 @@ class _WatchedFile:
     def sync(self) -> None:
         self._disk._do("sync", self._path, self._inner.sync, self._of)
 
+    def truncate(self, size: int) -> None:
+        self._disk._do("truncate", self._path, lambda: self._inner.truncate(size), self._of)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,10 @@ def contents(store: SnapshotStore, info: SnapshotInfo) -> list[tuple[int, int, b
 
 def file_bytes(fs: CrashingFileSystem, path: Path) -> bytes:
     return bytes(fs.map(path))
+
+
+def used_bytes(fs: CrashingFileSystem) -> int:
+    return sum(len(fs.map(DIRECTORY / name)) for name in fs.names(DIRECTORY))
 
 
 def replace(fs: CrashingFileSystem, path: Path, data: bytes) -> None:
@@ -115,6 +120,48 @@ async def test_what_is_not_published_is_not_there_and_goes_with_the_next_one() -
     assert fs.names(DIRECTORY) == ["0000000001.snapshot", "0000000002.snapshot.new"]
     await abandoned.abandon()
     assert fs.names(DIRECTORY) == ["0000000001.snapshot"]
+
+
+async def test_the_space_of_one_no_longer_kept_is_given_back_bit_by_bit() -> None:
+    fs = CrashingFileSystem()
+    store = store_of(fs)
+    for position in (100, 200, 300):
+        info = await publish(store, position)
+    assert [kept.generation for kept in store.list()] == [3, 2]
+    free = [used_bytes(fs)]
+    while await store.discard(100):
+        free.append(used_bytes(fs))
+    free.append(used_bytes(fs))
+    assert fs.names(DIRECTORY) == ["0000000002.snapshot", "0000000003.snapshot"]
+    assert free[0] - free[-1] == info.size_bytes
+    assert all(0 < before - after <= 100 for before, after in itertools.pairwise(free))
+    assert not await store.discard(100)
+
+
+async def test_nothing_that_is_cut_up_is_taken_for_a_snapshot_after_a_crash() -> None:
+    crashes = 0
+    for after, seed in itertools.product(range(1, 1000), range(8)):
+        fs = CrashingFileSystem(seed)
+        store = store_of(fs)
+        for position in (100, 200):
+            await publish(store, position)
+        fs.fail_after(after)
+        try:
+            await publish(store, 300)
+            while await store.discard(100):
+                pass
+        except Crashed:
+            crashes += 1
+            restarted = fs.crash()
+            found = store_of(restarted)
+            assert [info.generation for info in found.list()] in ([2, 1], [3, 2, 1], [3, 2])
+            assert not any(info.damage for info in found.list())
+            while await found.discard(100):
+                pass
+            assert all(name.endswith(".snapshot") for name in restarted.names(DIRECTORY))
+        else:
+            break
+    assert crashes > 50
 
 
 async def test_every_flipped_byte_is_noticed() -> None:
