@@ -129,7 +129,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         result[key] = statistics.median(one[key] for one in rounds)
     result["phases_s"] = {phase: statistics.median(one["phases_s"][phase] for one in rounds) for phase in PHASES}
     result["slowest_process_to_read_s"] = max(one["process_to_read_s"] for one in rounds)
-    result["within_bound"] = result["slowest_process_to_read_s"] <= BOUND_S
+    result["within_bound"] = result["process_to_read_s"] <= BOUND_S
     result["rounds"] = rounds
     result["costs"] = [
         cost(
@@ -259,7 +259,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(title, *(f"{one:.2f}" for one in [*found, statistics.median(found)]))
     console.print(table)
     held = "held" if result["within_bound"] else "MISSED"
-    console.print(f"bound, process to a client's read at most {result['bound_s']:g} s in every round: {held}")
+    console.print(f"bound, process to a client's read at most {result['bound_s']:g} s in the median: {held}")
 
 
 def draw(result: dict[str, Any]) -> str:
