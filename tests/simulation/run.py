@@ -267,8 +267,15 @@ class _Simulation:
         await waiting
 
     async def _quiet(self) -> None:
-        """Until nothing is on its way any more."""
+        """Until nothing is on its way any more, and the shard holds what its log says."""
         await asyncio.sleep(0.5)
+        shard = self._running().shard
+        assert shard is not None
+        for _ in range(1000):
+            if not shard.is_forgetting:
+                return
+            await asyncio.sleep(0.001)
+        raise Violation("the shard never comes to an end with forgetting users")
 
     def _running(self) -> _Process:
         assert self._process is not None
@@ -630,6 +637,19 @@ class _Simulation:
             raise Violation("the population is not that of the surviving events")
 
 
+class _WatchedShard(Shard):
+    """Says when its log is ahead of what it holds though nobody has sent anything."""
+
+    is_forgetting = False
+
+    async def _forget_idle(self) -> None:
+        self.is_forgetting = True
+        try:
+            await super()._forget_idle()
+        finally:
+            self.is_forgetting = False
+
+
 class _Process:
     """One process of the shard: its tasks end with it."""
 
@@ -645,7 +665,7 @@ class _Process:
         self.ended = asyncio.Event()
         self.health = Health()
         self.recovered: Recovered | None = None
-        self.shard: Shard | None = None
+        self.shard: _WatchedShard | None = None
         self.task: asyncio.Task[None]
         self.mode = self._random.choice(simulation._modes)
         self.sync_interval_s = 0.05
@@ -716,7 +736,7 @@ class _Process:
             log_bytes=self._random.choice((2000, 10_000, 1 << 30)),
             interval_s=self._random.choice((5.0, 1e9)),
         )
-        self.shard = Shard(
+        self.shard = _WatchedShard(
             0,
             partition_bits=PARTITION_BITS,
             owned=range(1 << PARTITION_BITS),
