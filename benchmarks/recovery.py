@@ -9,6 +9,8 @@ Every time it starts anew, loads the snapshot and replays the same events. What 
 
 The read is a client's, through the frontend, which has to find the shard at its new address first. After each round the
 events of the service and of a thousand users are counted.
+
+The floor, once in each round: a process without anything that reads snapshot and log into fresh memory, and ends.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import os
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +57,14 @@ _SAMPLE_USERS = 1_000
 _READ_TIMEOUT_S = 10.0
 _RECOVERY_TIMEOUT_S = 120.0
 _SNAPSHOT_TIMEOUT_S = 300.0
+_BARE = """
+import sys
+for path, size in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
+    with open(path, "rb") as file:
+        held = memoryview(bytearray(size))
+        assert file.readinto(held) == size
+"""
+"""Run with pairs of a path and how much to read of it."""
 _NEVER = ("--snapshot-log-bytes", str(1 << 50), "--snapshot-interval-s", "1e9")
 """No snapshot but those that are asked for."""
 
@@ -116,7 +128,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                 progress.update(f"round {number + 1} of {options.rounds}")
                 os.sync()
                 result["page_cache"] = _drop_caches(directory) if options.cold else "warm"
-                rounds.append(_kill(child, address, users[0]))
+                bare_s = _read_bare(directory, result["replayed_bytes"])
+                rounds.append({**_kill(child, address, users[0]), "bare_read_s": bare_s})
                 check_totals(address, total, options.users)
                 if _counts(address, users) != expected:
                     raise BenchmarkError("a user's events are not what they were before the kill")
@@ -125,7 +138,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
                     f"start of the process, {rounds[-1]['kill_to_read_s']:.2f} s after the kill",
                     highlight=False,
                 )
-    for key in ("kill_to_process_s", "process_to_serving_s", "process_to_read_s", "kill_to_read_s"):
+    for key in ("kill_to_process_s", "process_to_serving_s", "process_to_read_s", "kill_to_read_s", "bare_read_s"):
         result[key] = statistics.median(one[key] for one in rounds)
     result["phases_s"] = {phase: statistics.median(one["phases_s"][phase] for one in rounds) for phase in PHASES}
     result["slowest_process_to_read_s"] = max(one["process_to_read_s"] for one in rounds)
@@ -137,8 +150,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
             f"{result.get('page_cache', 'warm')}: process start to a read",
             bound=f"{BOUND_S:g} s",
             figure=f"{result['process_to_read_s']:.2f} s, slowest {result['slowest_process_to_read_s']:.2f} s",
-            floor="–",
-            ratio=None,
+            floor=f"a bare process that only reads the same files {result['bare_read_s']:.2f} s",
+            ratio=result["process_to_read_s"] / result["bare_read_s"],
             held=result["within_bound"],
         )
     ]
@@ -158,6 +171,20 @@ def fill(address: str, users: int, history: int, batch: int, seed: int, tell: An
 def newest_snapshot(directory: Path) -> Path:
     """The file of the newest snapshot of shard 0."""
     return max(directory.glob("shard-0/snapshots/*.snapshot"))
+
+
+def _read_bare(directory: Path, log_bytes: int) -> float:
+    """Seconds that a new process takes for nothing but what a recovery reads: the newest snapshot, and the last
+    `log_bytes` or so of the log."""
+    snapshot = newest_snapshot(directory)
+    sizes = {str(snapshot): snapshot.stat().st_size}
+    for segment in sorted(directory.glob("shard-0/log/*"), reverse=True):
+        sizes[str(segment)] = min(segment.stat().st_size, log_bytes)
+        log_bytes -= sizes[str(segment)]
+    arguments = [str(one) for pair in sizes.items() for one in pair]
+    begun_at = time.perf_counter()
+    subprocess.run([sys.executable, "-I", "-S", "-c", _BARE, *arguments], check=True)
+    return time.perf_counter() - begun_at
 
 
 def _kill(child: Child, address: str, user_id: str) -> dict[str, Any]:
@@ -254,6 +281,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         ("process_to_serving_s", "process to serving"),
         ("process_to_read_s", "process to a client's read"),
         ("kill_to_read_s", "kill to a client's read"),
+        ("bare_read_s", "floor: a bare process that only reads the files"),
     ):
         found = [one[key] for one in result["rounds"]]
         table.add_row(title, *(f"{one:.2f}" for one in [*found, statistics.median(found)]))
