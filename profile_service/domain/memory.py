@@ -7,12 +7,22 @@ machine's memory.
 from __future__ import annotations
 
 import mmap
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by the standard library from Python 3.13 on
+
+
+class Space(Protocol):
+    """Memory that somebody brings in ahead of whoever fills it from its beginning on."""
+
+    region: mmap.mmap
+    """Zeros, as far as they are not claimed."""
+
+    def claim(self, stop: int) -> None:
+        """From now on nobody else writes to the bytes below `stop`."""
 
 
 def reserve(count: int, dtype: DTypeLike) -> NDArray[Any]:

@@ -27,7 +27,7 @@ from profile_service.domain.header import merge_header
 from profile_service.domain.index import ByteIndex
 from profile_service.domain.kernel import leaf_kernel
 from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED, Layout
-from profile_service.domain.memory import reserve
+from profile_service.domain.memory import Space, reserve
 from profile_service.domain.population import Population, PopulationRow
 from profile_service.domain.profile import encode_profile
 from profile_service.domain.schema import Schema
@@ -57,15 +57,21 @@ class ProfileTable:
         *,
         most_users: int = MOST_USERS,
         most_texts: int = MOST_TEXTS,
-        space: mmap.mmap | None = None,
+        space: Space | None = None,
     ) -> None:
         self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
         self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES, reuse_by_length=True)
         self._marks: NDArray[np.uint8] | None = None
         """By number of a text that was there when a copy began: whether a row may refer to it. None while nothing is
         copied."""
+        self._space = space
         layout = Layout.compile(schema)
-        self._bind(schema, layout, reserve_rows(most_users, layout, space), PopulationRow(schema))
+        self._bind(
+            schema,
+            layout,
+            reserve_rows(most_users, layout, None if space is None else space.region),
+            PopulationRow(schema),
+        )
 
     def _bind(self, schema: Schema, layout: Layout, rows: NDArray[np.uint8], population: PopulationRow) -> None:
         self.schema = schema
@@ -304,11 +310,20 @@ class ProfileTable:
         """
         fresh = self.users.high_water
         numbers = self.users.load(lengths, ids)
+        if self._space is not None:
+            self._space.claim(self.users.high_water * self.layout.row_bytes)
         if len(numbers) and numbers[0] == fresh and self.users.high_water == fresh + len(numbers):
             self._rows[fresh : fresh + len(numbers)] = rows
         else:
             self._rows[numbers] = rows
         return numbers
+
+    def claim_rows(self) -> None:
+        """To be called before anything but `load_rows` where the table was made with a space: no more is brought in
+        ahead."""
+        if self._space is not None:
+            self._space.claim(len(self._space.region))
+            self._space = None
 
     def highest_text(self) -> int:
         """The highest number, plus 1, of a text that a row or the population refers to; 0 for none."""

@@ -11,7 +11,6 @@ fresh pages as a million rows need. So nothing may be imported here that takes l
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import mmap
@@ -25,8 +24,8 @@ SPACE_BYTES = 1 << 36
 """Address space for rows; pages come as they are touched."""
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named by the standard library from Python 3.13 on
-_MADV_POPULATE_WRITE = 23  # of <linux/mman.h>
 _PIECE_BYTES = 1 << 21
+"""Written with the lock held."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +38,52 @@ class Preload:
 
     def __init__(self, directory: Path) -> None:
         snapshot = max((directory / SNAPSHOT_DIRECTORY).glob("*.snapshot"), default=None)
-        self._space = None if snapshot is None else _address_space()
+        region = None if snapshot is None else _address_space()
+        self._space = None if region is None else Zeros(region)
         if snapshot is not None and self._space is not None:
             files = [snapshot, *sorted((directory / LOG_DIRECTORY).glob("*.log"))]
-            for work in (functools.partial(_take_memory, self._space, snapshot), functools.partial(_read, files)):
+            for work in (functools.partial(self._space.take, snapshot), functools.partial(_read, files)):
                 threading.Thread(target=work, name="preload", daemon=True).start()
 
-    def space(self) -> mmap.mmap | None:
-        """Zeros in whose beginning the rows of the newest snapshot have their pages, now or soon; the first time that
+    def space(self) -> Zeros | None:
+        """Memory in whose beginning the rows of the newest snapshot have their pages, now or soon; the first time that
         it is asked for. None where there is no snapshot, or no address space."""
         space, self._space = self._space, None
         return space
+
+
+class Zeros:
+    """Address space whose pages are brought in from its beginning on, ahead of whoever fills it.
+
+    A page comes when it is written to, and zeros are what it holds anyway. Whoever maps something meanwhile, as imports
+    do all the time, would have to wait if the kernel were asked for the pages alone (MADV_POPULATE_WRITE).
+    """
+
+    def __init__(self, region: mmap.mmap) -> None:
+        self.region = region
+        self._lock = threading.Lock()
+        """Held while zeros are written."""
+        self._next = 0
+        """Zeros are written from here on only."""
+
+    def claim(self, stop: int) -> None:
+        """From now on nobody else writes to the bytes below `stop`."""
+        if stop > self._next:
+            with self._lock:
+                self._next = max(self._next, stop)
+
+    def take(self, snapshot: Path) -> None:
+        """Brings in as many bytes as the snapshot has, for rows are nearly all of it; but none that are claimed."""
+        try:
+            size = min(snapshot.stat().st_size, len(self.region))
+            with Path("/dev/zero").open("rb", buffering=0) as zeros, memoryview(self.region) as pages:
+                while self._next < size:
+                    with self._lock:
+                        begin = self._next
+                        written = zeros.readinto(pages[begin : min(begin + _PIECE_BYTES, size)])
+                        self._next = begin + (written or 1)
+        except OSError as error:
+            logger.warning("no memory is taken ahead: %s", error)
 
 
 def _address_space() -> mmap.mmap | None:
@@ -58,25 +92,6 @@ def _address_space() -> mmap.mmap | None:
     except OSError as error:
         logger.warning("no memory is taken ahead: %s", error)
         return None
-
-
-def _take_memory(space: mmap.mmap, snapshot: Path) -> None:
-    """Gives their pages to as many bytes as the snapshot has: rows are nearly all of it. What is in pages that are
-    there already stays."""
-    try:
-        size_bytes = min(snapshot.stat().st_size, SPACE_BYTES)
-    except OSError as error:
-        logger.warning("no memory is taken ahead: %s", error)
-        return
-    # `mmap.madvise` would hold the interpreter's lock meanwhile.
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    begin = ctypes.addressof(ctypes.c_char.from_buffer(space))
-    # Piece by piece: whoever maps something, as an import does, waits for the call that is under way.
-    for offset in range(0, size_bytes, _PIECE_BYTES):
-        if madvise(begin + offset, min(_PIECE_BYTES, size_bytes - offset), _MADV_POPULATE_WRITE) != 0:
-            logger.info("no memory is taken ahead: Linux can from 5.14 on")
-            break
 
 
 def _read(files: list[Path]) -> None:

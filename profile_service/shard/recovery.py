@@ -177,6 +177,7 @@ class _Recovery:
         started = time.monotonic()
         loaded = self._load(log)
         state, snapshot = loaded if loaded is not None else (self._new_state(self._first_schema(log) or schema), None)
+        state.table.claim_rows()
         loaded_at = time.monotonic()
         self._done("snapshot")
         position = snapshot.replay_position if snapshot is not None else 0

@@ -16,7 +16,6 @@ A user in two blocks was removed and came again between the two copies: the late
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.decay import NS
-from profile_service.domain.memory import reserve
+from profile_service.domain.memory import Space, reserve
 from profile_service.domain.migrate import compare, migrate
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
@@ -55,7 +54,7 @@ class ShardState:
         capacity: Capacity,
         most_users: int = MOST_USERS,
         most_texts: int = MOST_TEXTS,
-        space: mmap.mmap | None = None,
+        space: Space | None = None,
     ) -> None:
         assert partitions & (partitions - 1) == 0
         self.schema = schema
