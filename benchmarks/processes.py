@@ -150,8 +150,13 @@ class Child:
 
     @property
     def address(self) -> str:
-        """host:port of its gRPC, once it is ready."""
-        return self.wait_for(r"^ready: gRPC (\S+:\d+)", START_TIMEOUT_S)[1]
+        """host:port of the first thing that it serves, once it is ready."""
+        return self.wait_for(r"^ready: \w+ (\S+:\d+)", START_TIMEOUT_S)[1]
+
+    @property
+    def rest_address(self) -> str:
+        """host:port of the service's REST, once it is ready."""
+        return self.wait_for(r"^ready: .* REST http://(\S+:\d+)", START_TIMEOUT_S)[1]
 
     def stop(self) -> None:
         """Asks it to end, and waits. Raises `BenchmarkError` unless it ends with status 0."""

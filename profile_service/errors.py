@@ -1,4 +1,4 @@
-"""The one error tree. `frontends.status` maps each class to a gRPC status and an HTTP code; nothing else does.
+"""The one error tree. `rpc.status` maps each class to a gRPC status and an HTTP code; nothing else does.
 
 ProfileServiceError
 ├── InvalidArgument        the caller's request is wrong: names the field and what would be right

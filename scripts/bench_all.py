@@ -21,6 +21,7 @@ from benchmarks.report import markdown  # noqa: E402
 RUNS: dict[str, list[str]] = {
     "ingest": ["ingest", "--peers"],
     "ingest-1m": ["ingest", "--users", "1000000", "--sync", "always", "--peers"],
+    "read": ["read"],
     "recovery": ["recovery"],
     "snapshot": ["snapshot"],
     "flood": ["flood"],

@@ -5,18 +5,13 @@ costs about a second; what is delivered again then is counted twice.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import redis
 from numpy.typing import NDArray
 
+from benchmarks.peers.redis_server import RedisServer
 from benchmarks.peers.work import COLORS, EDGES, HALF_LIFE_S, LANDMARK_S, PeerProfile, Spread
 from benchmarks.processes import BenchmarkError
 from userprofile.v1 import event_service_pb2
@@ -25,7 +20,6 @@ MOST_MAKES = 32
 """Slots of the make table."""
 
 _BINS = {name: len(edges) + 1 for name, edges in EDGES.items()}
-_START_TIMEOUT_S = 20.0
 
 # The row, in f4 but for what needs more:
 #   count i8 | last seen f8 | price mean, M2 f8 | mileage mean, M2 f8 | weights f4: colours, makes, bins of both
@@ -50,32 +44,12 @@ class RedisRows:
     durability = "log synced every second: a crash costs about a second, redelivery counts twice"
 
     def __init__(self) -> None:
-        program = shutil.which("redis-server")
-        if program is None:
-            raise BenchmarkError("the peer needs redis-server: make bench-tools installs it")
-        self._directory = tempfile.TemporaryDirectory(prefix="profile-service-bench-", dir=Path.cwd())
-        # Apart from what is stored: the path of a socket may have a hundred bytes only.
-        self._socket_directory = tempfile.TemporaryDirectory(prefix="redis-")
-        socket = str(Path(self._socket_directory.name) / "socket")
-        flags = ["--port", "0", "--unixsocket", socket, "--dir", self._directory.name, "--save", ""]
-        self._server = subprocess.Popen(
-            [program, *flags, "--appendonly", "yes", "--appendfsync", "everysec"], stdout=subprocess.DEVNULL
-        )
-        self.server: psutil.Process | None = psutil.Process(self._server.pid)
-        self._redis = redis.Redis(unix_socket_path=socket)
+        self._server = RedisServer()
+        self.server: psutil.Process | None = self._server.process
+        self._redis = self._server.client
         self._colors = {name: number for number, name in enumerate(COLORS)}
         self._makes: dict[str, int] = {}
         self._empty = np.zeros(1, ROW).tobytes()
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                self._redis.ping()
-            except redis.ConnectionError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
-            else:
-                return
 
     def consume(self, batch: bytes) -> None:
         """Counts a batch."""
@@ -149,8 +123,4 @@ class RedisRows:
 
     def close(self) -> None:
         """Ends the server and removes its files."""
-        self._redis.close()
-        self._server.terminate()
-        self._server.wait(_START_TIMEOUT_S)
-        self._directory.cleanup()
-        self._socket_directory.cleanup()
+        self._server.close()

@@ -24,6 +24,8 @@ from grpc import aio
 FIRST_BACKOFF_S = 0.02
 LAST_BACKOFF_S = 0.5
 
+_TURNS_TO_GATHER = 2
+
 logger = logging.getLogger(__name__)
 
 
@@ -131,6 +133,9 @@ class OwnerStream(ABC):
             if message is None:
                 self._wake.clear()
                 await self._wake.wait()
+                # What arrived with the first one is a turn or two behind it, and goes into the same message.
+                for _ in range(_TURNS_TO_GATHER):
+                    await asyncio.sleep(0)
             else:
                 await call.write(message)
         await call.done_writing()

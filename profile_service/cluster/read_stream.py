@@ -16,7 +16,11 @@ from userprofile.internal.v1 import shard_pb2
 
 METHOD = "/userprofile.internal.v1.ShardService/Read"
 USERS_PER_MESSAGE = 256
-"""Questions are put together up to this many users; one larger question is a message of its own."""
+"""Questions are put together up to this many users."""
+
+GATHERED_USERS = 32
+"""A question about more users than these is worth a message of its own, and does not wait for the answer to another.
+The others gather while a message of theirs is on its way: the more are asked, the more travel together."""
 
 MOST_WAITING = 10_000
 """Questions that may wait for one shard."""
@@ -52,6 +56,8 @@ class ReadStream(OwnerStream):
         self._epoch = epoch
         self._queue: deque[_Question] = deque()
         self._sent: dict[int, list[_Question]] = {}
+        self._gathered_id = 0
+        """Of the message of gathered questions that is on its way; 0 for none."""
         self._last_request_id = 0
 
     async def ask(self, user_ids: Sequence[str], features: Sequence[str], *, population: bool = False) -> list[bytes]:
@@ -73,15 +79,26 @@ class ReadStream(OwnerStream):
     def _next_message(self) -> bytes | None:
         questions: list[_Question] = []
         users = 0
-        while self._queue and (not questions or users + self._queue[0].users <= USERS_PER_MESSAGE):
-            question = self._queue.popleft()
-            if not question.answer.done():
-                questions.append(question)
-                users += question.users
+        while self._queue:
+            question = self._queue[0]
+            if question.answer.done():
+                self._queue.popleft()
+                continue
+            alone = question.users > GATHERED_USERS
+            if questions and (alone or users + question.users > USERS_PER_MESSAGE):
+                break
+            if not alone and self._gathered_id:
+                return None
+            questions.append(self._queue.popleft())
+            users += question.users
+            if alone:
+                break
         if not questions:
             return None
         self._last_request_id += 1
         self._sent[self._last_request_id] = questions
+        if users <= GATHERED_USERS or len(questions) > 1:
+            self._gathered_id = self._last_request_id
         return shard_pb2.ReadRequest(
             request_id=self._last_request_id,
             epoch=self._epoch(),
@@ -92,6 +109,9 @@ class ReadStream(OwnerStream):
         read = False
         response = shard_pb2.ReadResponse.FromString(message)
         questions = self._sent.pop(response.request_id, [])
+        if response.request_id == self._gathered_id:
+            self._gathered_id = 0
+            self._wake.set()
         for question, answer in zip(questions, response.answers, strict=True):
             if question.answer.done():
                 continue
@@ -116,6 +136,7 @@ class ReadStream(OwnerStream):
         for questions in self._sent.values():
             self._fail(questions, reason)
         self._sent.clear()
+        self._gathered_id = 0
         if not self.connected:
             # The shard cannot be reached: those who wait shall hear of it now, and may find another owner.
             self._fail(self._queue, reason)

@@ -103,6 +103,47 @@ def ingest(
     _run(benchmark, options, plot, as_json)
 
 
+def read(
+    schema: BenchSchema = "marketplace",
+    users: Annotated[int, flag("--users", "Users who have a profile.", min=1)] = 100_000,
+    history: Annotated[int, flag("--history", "Events of each of them.", min=1)] = 10,
+    at_once: Annotated[int, flag("--at-once", "Reads under way at any time.", min=1)] = 64,
+    turn_s: Annotated[float, flag("--turn-s", "Seconds of each turn.", min=0.1)] = 3.0,
+    rounds: Rounds = 5,
+    rate: Annotated[float, flag("--rate", "Profiles a second while the quantiles are taken.", min=1)] = 500.0,
+    steady_s: Annotated[float, flag("--steady-s", "Seconds at that rate.", min=0.1)] = 10.0,
+    peer: Annotated[
+        bool, flag("--peer/--no-peer", "Measures FastAPI over Redis beside it, with the same JSON.")
+    ] = True,
+    shards: Shards = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how soon a profile is read, how many a second, and what one costs, beside a bare echo of its size.
+
+    Example:  profile-service bench read --schema marketplace --json
+    """
+    from benchmarks import read as benchmark
+
+    options = benchmark.Options(
+        schema=schema,
+        users=users,
+        history=history,
+        at_once=at_once,
+        turn_s=turn_s,
+        rounds=rounds,
+        rate=rate,
+        steady_s=steady_s,
+        peer=peer,
+        shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def recovery(
     users: Annotated[int, flag("--users", "Users in the snapshot.", min=1)] = 1_000_000,
     history: Annotated[int, flag("--history", "Events of each of them in the snapshot.", min=1)] = 3,

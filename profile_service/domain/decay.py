@@ -87,13 +87,16 @@ def decompose(
         mantissa[i] = np.exp2(rest / half_life_ns)
 
 
+@inlined_kernel
 def read_scale(landmark: int, read_ns: int, half_life_ns: int) -> float:
     """What a stored weight is multiplied by when it is read at `read_ns`; a `half_life_ns` of 0 is no decay."""
     if half_life_ns == 0 or landmark == NO_LANDMARK:
         return 1.0
-    whole, rest = divmod(read_ns, half_life_ns)
+    whole = read_ns // half_life_ns
     steps = landmark - whole
-    return float(power_of_two(steps)) * 2.0 ** -(rest / half_life_ns) if steps < 1000 else math.inf
+    if steps >= 1000:
+        return math.inf
+    return float(power_of_two(steps) * np.exp2(-((read_ns - whole * half_life_ns) / half_life_ns)))
 
 
 def half_life_to_ns(half_life_s: float | None) -> int:

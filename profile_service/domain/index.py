@@ -26,8 +26,8 @@ one that a string of the same length had, together with that one's place in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -400,6 +400,26 @@ def _place_numbered(
         state[_COUNT] += 1
 
 
+class Strings(NamedTuple):
+    """Byte strings as kernels take them: joined, with where each begins, its length, and its XXH64."""
+
+    buffer: NDArray[np.uint8]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int32]
+    key: NDArray[np.uint64]
+
+    @classmethod
+    def join(cls, strings: Sequence[bytes], keys: Sequence[int] | None = None) -> Strings:
+        """Of strings of Python's, whose hashes may be known."""
+        lengths = list(map(len, strings))
+        return cls(
+            np.frombuffer(b"".join(strings) or b"\0", np.uint8),
+            np.array([0, *accumulate(lengths[:-1])] if lengths else [], np.int64),
+            np.array(lengths, np.int32),
+            np.array(list(map(xxhash.xxh64_intdigest, strings)) if keys is None else keys, np.uint64),
+        )
+
+
 class ByteIndex:
     """Gives every byte string a dense number from 0 on, and takes it back when the string is removed.
 
@@ -492,22 +512,21 @@ class ByteIndex:
         given = list(strings)
         if not self.make_room(len(given), sum(map(len, given))):
             raise OverflowError(f"the index holds {len(self)} of at most {self.capacity} strings")
-        return self._find_strings(given, insert=True)
+        answer: list[int] = self._find_joined(Strings.join(given), insert=True).tolist()
+        return answer
 
     def get(self, string: bytes) -> int:
         """The string's number, -1 if there is none."""
-        return self._find_strings([string], insert=False)[0]
+        return int(self.get_many(Strings.join([string]))[0])
 
-    def _find_strings(self, strings: list[bytes], *, insert: bool) -> list[int]:
-        lengths = np.array([len(string) for string in strings], dtype=np.int32)
-        offsets = np.zeros(len(strings), dtype=np.int64)
-        np.cumsum(lengths[:-1], out=offsets[1:])
-        keys = np.array([xxhash.xxh64_intdigest(string) for string in strings], dtype=np.uint64)
-        numbers = np.empty(len(strings), dtype=np.int64)
-        joined = np.frombuffer(b"".join(strings) or b"\0", dtype=np.uint8)
-        self.find(joined, offsets, lengths, keys, numbers, insert=insert)
-        answer: list[int] = numbers.tolist()
-        return answer
+    def get_many(self, strings: Strings) -> NDArray[np.int64]:
+        """Each string's number, -1 for those that there are not."""
+        return self._find_joined(strings, insert=False)
+
+    def _find_joined(self, strings: Strings, *, insert: bool) -> NDArray[np.int64]:
+        numbers = np.empty(len(strings.key), dtype=np.int64)
+        self.find(*strings, numbers, insert=insert)
+        return numbers
 
     def bytes_of(self, number: int) -> bytes:
         """The string behind a number that is in use."""

@@ -4,7 +4,7 @@ Numba keeps what it compiled beside the module, so that only the first process c
 kernel's own module alone: after a change to a kernel that others call, their `__pycache__/*.nbi` have to go.
 A process that finds all kernels there loads nothing that only compiling needs (`_KernelCache`).
 
-The loads are unaligned reads of several bytes at once. They check nothing: the caller has made sure of the bounds.
+Loads and stores are of several bytes at once, unaligned. They check nothing: the caller has made sure of the bounds.
 """
 
 from __future__ import annotations
@@ -116,6 +116,23 @@ def _load(buffer: Any, offset: Any, loaded: Any, result: Any) -> Any:
         return value if loaded.bitwidth == 64 else builder.zext(value, context.get_value_type(result))
 
     return result(buffer, offset), codegen
+
+
+def _store_u64(typingctx: Any, buffer: Any, offset: Any, value: Any) -> Any:
+    if not (_is_bytes(buffer) and isinstance(offset, types.Integer) and value == types.uint64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        index = context.cast(builder, args[1], signature.args[1], types.int64)
+        address = _address(context, builder, signature.args[0], args[0], index)
+        builder.store(args[2], builder.bitcast(address, args[2].type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(buffer, offset, value), codegen
+
+
+store_u64: Callable[[NDArray[np.uint8], int, np.uint64], None] = _intrinsic(_store_u64)
+"""Writes 8 bytes at an offset of a contiguous u1 array, little-endian."""
 
 
 def _copy_bytes(typingctx: Any, target: Any, target_offset: Any, source: Any, source_offset: Any, size: Any) -> Any:

@@ -14,11 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.domain.decay import ROUNDED_BITS as BITS_OF_32
+from profile_service.domain.encoding import HEAD_BYTES, TIME_BYTES
 from profile_service.domain.features import KIND_NUMBERS, KINDS
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     HALF_LIFE,
+    HALF_LIFE_NS,
     KIND,
+    NAME,
+    NAME_BYTES,
     OPERATION_ENTRIES,
     OWN,
     ROUNDED_BITS,
@@ -37,6 +41,9 @@ from profile_service.domain.schema import FeatureSpec, Schema
 EVENT_COUNT, FIRST_SEEN, LAST_SEEN, LAST_RECEIVED = range(4)
 HEADER_SLOTS = 4
 """Slots of `i8` that every row has, before those of any feature."""
+
+PROFILE_BYTES = 11 + 3 * TIME_BYTES
+"""The most that the header takes in the answer to a read."""
 
 _I8 = np.iinfo(np.int64)
 
@@ -65,6 +72,12 @@ class Layout:
     """(features, OPERATION_ENTRIES): what the kernels know of them, for views of whole rows."""
     tables: Tables
     """What the operations refer to."""
+    labels: NDArray[np.uint8]
+    """Names and values, as answers hold them; the operations refer to them, too."""
+    prior_sizes: tuple[int, ...]
+    """By categorical: how many values it has."""
+    answer_bytes: int
+    """The most that the answer to a read takes beside the user's id and interned texts."""
 
     @classmethod
     def compile(cls, schema: Schema, *, population: bool = False) -> Layout:
@@ -94,6 +107,9 @@ class Layout:
             operation[WEIGHTS] = constants.add_reals(feature.event_weight)
             operation[HALF_LIFE] = feature.half_life_index
             operation[ATTRIBUTE] = feature.attribute
+            operation[HALF_LIFE_NS] = feature.half_life_ns
+            name = feature.name.encode()
+            operation[NAME], operation[NAME_BYTES] = constants.add_label(name), len(name)
             own = feature.operation(starts, constants)
             operation[OWN : OWN + len(own)] = own
         layout = cls(
@@ -108,6 +124,10 @@ class Layout:
             header=starts.i8,
             operations=operations,
             tables=constants.tables(),
+            labels=constants.labels(),
+            prior_sizes=tuple(constants.prior_sizes),
+            answer_bytes=PROFILE_BYTES
+            + sum(4 * HEAD_BYTES + len(feature.name.encode()) + feature.answer_bytes() for feature in features),
         )
         views = layout.views_of(template.reshape(1, row_bytes))
         for view, slot, value in slots.initial:

@@ -7,16 +7,16 @@ adds the states of all shards up, which gives the prior of the categoricals and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
-from profile_service.domain.features.base import VIEW_DTYPES, ReadContext, RowViews
+from profile_service.domain.features.base import VIEW_DTYPES, RowViews
 from profile_service.domain.features.categorical import CategoricalFeature
 from profile_service.domain.header import merge_header
-from profile_service.domain.index import ByteIndex
+from profile_service.domain.index import ByteIndex, Strings
 from profile_service.domain.layout import Layout
-from profile_service.domain.profile import encode_profile
+from profile_service.domain.profile import Encoder, Priors
 from profile_service.domain.schema import Schema
 from userprofile.internal.v1 import population_pb2
 
@@ -74,9 +74,8 @@ class Population:
     def __init__(self, schema: Schema) -> None:
         self._layout = Layout.compile(schema, population=True)
         self._views = self._layout.wide_row()
-        self._texts: list[str] = []
-        self._categoricals = {f.name: f for f in self._layout.features if isinstance(f, CategoricalFeature)}
-        self._weights: dict[str, tuple[int, NDArray[np.float64]]] = {}
+        self._texts: list[bytes] = []
+        self._categoricals = [f for f in self._layout.features if isinstance(f, CategoricalFeature)]
 
     @classmethod
     def merge(cls, schema: Schema, states: Iterable[bytes]) -> Population:
@@ -87,8 +86,14 @@ class Population:
             state = population_pb2.PopulationState.FromString(encoded)
             if state.schema_fingerprint == schema.fingerprint:
                 population._add(state, numbers)
-        population._texts = list(numbers)
+        population._texts = [text.encode() for text in numbers]
         return population
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        texts = ByteIndex(len(self._texts), sum(map(len, self._texts)))
+        texts.add(self._texts)
+        return Encoder(self._layout, self._views, texts.arrays.entries, texts.arrays.arena)
 
     def _add(self, state: population_pb2.PopulationState, numbers: dict[str, int]) -> None:
         views = {}
@@ -104,15 +109,14 @@ class Population:
         for feature in self._layout.features:
             feature.merge(self._views, 0, source, 0)
 
-    def weights(self, name: str, read_ns: int) -> NDArray[np.float64] | None:
-        """Decayed weights of a categorical's values, `other` last, as of `read_ns`."""
-        cached = self._weights.get(name)
-        if cached is None or cached[0] != read_ns:
-            cached = read_ns, self._categoricals[name].weights(self._views, 0, read_ns)
-            self._weights[name] = cached
-        return cached[1]
+    @cached_property
+    def priors(self) -> Priors:
+        """What categoricals take for likely."""
+        weights = [self._views.f4[0, f.slot : f.slot + len(f.labels)] for f in self._categoricals]
+        landmarks = [self._views.i8[0, f.landmark] for f in self._categoricals]
+        return Priors(np.concatenate([np.zeros(0), *weights]), np.array(landmarks, np.int64))
 
     def profile(self, read_ns: int, names: Sequence[str] = ()) -> bytes:
         """An encoded Profile without a user id, of the features named, or of all."""
-        context = ReadContext(read_ns, lambda held: self._texts[held - 1], lambda name: self.weights(name, read_ns))
-        return encode_profile("", self._layout, self._views, 0, context, names)
+        (profile,) = self._encoder.encode(np.zeros(1, np.int64), Strings.join([b""]), read_ns, names, self.priors)
+        return profile

@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 
 from profile_service.domain.apply import POPULATION, USERS, Scratch, apply_events
 from profile_service.domain.columns import EventColumns
-from profile_service.domain.decay import half_life_to_ns
-from profile_service.domain.features.base import ReadContext
+from profile_service.domain.decay import NS, half_life_to_ns
 from profile_service.domain.header import merge_header
-from profile_service.domain.index import ByteIndex
+from profile_service.domain.index import ByteIndex, Strings
 from profile_service.domain.kernel import leaf_kernel
 from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED, Layout
 from profile_service.domain.memory import Space, reserve
 from profile_service.domain.population import Population, PopulationRow
-from profile_service.domain.profile import encode_profile
+from profile_service.domain.profile import EVERY_TIME, UNKNOWN, Encoder
 from profile_service.domain.schema import Schema
 
 MOST_USERS = 1 << 25
@@ -99,6 +98,8 @@ class ProfileTable:
             np.array(sorted({f.attribute for f in features if f.vocabulary()}), dtype=np.int64),
         )
         """What `apply_events` is given each time."""
+        arrays = self.texts.arrays
+        self._encoder = Encoder(layout, layout.whole_views_of(rows), arrays.entries, arrays.arena)
         self._scratch, self._scratch_beside = (
             Scratch.make(len(layout.half_lives_s), len(schema.text_attributes)) for _ in range(2)
         )
@@ -227,20 +228,20 @@ class ProfileTable:
     ) -> bytes:
         """The user's encoded Profile as of `read_ns`; empty for a user never seen, or not heard of for the schema's
         TTL."""
-        row = self.users.get(user_id.encode())
-        if row < 0 or not self._views.i8[row, EVENT_COUNT] or self._is_expired(row, read_ns):
-            return b""
-        context = ReadContext(read_ns, self._text_of)
-        if population is not None:
-            context.population_weights = lambda name: population.weights(name, read_ns)
-        return encode_profile(user_id, self.layout, self._views, row, context, names)
+        return self.profiles(Strings.join([user_id.encode()]), read_ns, names, population)[0]
 
-    def _text_of(self, held: int) -> str:
-        return self.texts.bytes_of(held - 1).decode()
-
-    def _is_expired(self, row: int, now_ns: int) -> bool:
+    def profiles(
+        self,
+        user_ids: Strings,
+        read_ns: int,
+        names: Sequence[str] = (),
+        population: Population | None = None,
+    ) -> list[bytes]:
+        """As `profile`, in the order of `user_ids`."""
         ttl_s = self.schema.ttl_s
-        return ttl_s is not None and now_ns - int(self._views.i8[row, LAST_RECEIVED]) > ttl_s * 1e9
+        heard_ns = EVERY_TIME if ttl_s is None else read_ns - int(ttl_s * NS)
+        priors = UNKNOWN if population is None else population.priors
+        return self._encoder.encode(self.users.get_many(user_ids), user_ids, read_ns, names, priors, 1, heard_ns)
 
     def merge(self, user_id: str, source_user_id: str) -> None:
         """Adds the source user's row to the user's and removes the source, as if both users' events had been one's.

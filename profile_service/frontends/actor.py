@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from profile_service.allocator import keep_freed_memory
+from profile_service.allocator import keep_freed_memory, spare_what_stays
 from profile_service.clock import system_clock
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
@@ -58,6 +58,7 @@ class FrontendActor:
         # Loading the compiled kernels takes a moment, which the first batch shall not wait for.
         try:
             await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_scanning))
+            spare_what_stays()
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
                 # Nobody waits to hear of it, as somebody does at the service's start. A new process tries again.

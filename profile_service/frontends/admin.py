@@ -11,7 +11,7 @@ from profile_service.cluster.topology import ShardLocation
 from profile_service.config import Settings
 from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema
-from profile_service.frontends.requests import parse
+from profile_service.rpc.requests import parse
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import admin_service_pb2
 

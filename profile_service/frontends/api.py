@@ -19,8 +19,8 @@ from profile_service.errors import InvalidArgument, Unavailable, Unimplemented
 from profile_service.frontends.admin import Admin
 from profile_service.frontends.ingest import Ingest
 from profile_service.frontends.metrics import Metrics
-from profile_service.frontends.query import Query
-from profile_service.frontends.status import grpc_code, is_foreseen
+from profile_service.rpc.query import Query
+from profile_service.rpc.status import grpc_code, is_foreseen
 from profile_service.wire.plan import WirePlan
 
 EVENT_SERVICE = "userprofile.v1.EventService"
@@ -56,7 +56,7 @@ class Api:
         self._in_flight = _InFlight()
         self._message_bytes = settings.limits.message_bytes
         self.ingest = Ingest(router, plan, settings, metrics, clock)
-        self.query = Query(router, schema, settings.limits)
+        self.query = Query(router, settings.limits, [feature.name for feature in schema.features])
         self.admin = Admin(router, schema, settings, clock)
         self._calls: dict[str, UnaryCall] = {
             f"{EVENT_SERVICE}/IngestEvents": self.ingest.ingest_events,

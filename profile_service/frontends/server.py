@@ -28,7 +28,7 @@ from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallCont
 from profile_service.frontends.metrics import Metrics
 from profile_service.frontends.ports import bind, port_fault
 from profile_service.frontends.rest.app import build_app
-from profile_service.frontends.status import to_status, trailing_metadata
+from profile_service.rpc.status import abort
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
 from userprofile.v1 import admin_service_pb2, event_service_pb2, profile_service_pb2
@@ -211,7 +211,7 @@ def _handler(api: Api, method: MethodDescriptor) -> grpc.RpcMethodHandler[bytes,
         try:
             return await api.call(name, request, _call_context(context))
         except Exception as error:
-            await _abort(context, error)
+            await abort(context, error)
             raise
 
     async def server_stream(request: bytes, context: ServerContext) -> AsyncIterator[bytes]:
@@ -219,14 +219,14 @@ def _handler(api: Api, method: MethodDescriptor) -> grpc.RpcMethodHandler[bytes,
             async for response in api.stream(name, request, _call_context(context)):
                 yield response
         except Exception as error:  # noqa: BLE001  # Whatever it is, it becomes a status.
-            await _abort(context, error)
+            await abort(context, error)
 
     async def bidirectional(requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
         try:
             async for response in api.stream_events(requests, _call_context(context)):
                 yield response
         except Exception as error:  # noqa: BLE001  # Whatever it is, it becomes a status.
-            await _abort(context, error)
+            await abort(context, error)
 
     if name == STREAM_EVENTS:
         return grpc.stream_stream_rpc_method_handler(bidirectional)
@@ -237,9 +237,3 @@ def _handler(api: Api, method: MethodDescriptor) -> grpc.RpcMethodHandler[bytes,
 
 def _call_context(context: ServerContext) -> CallContext:
     return CallContext("grpc", context.time_remaining())
-
-
-async def _abort(context: ServerContext, error: BaseException) -> None:
-    status = to_status(error)
-    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
-    await context.abort(code, status.message, trailing_metadata(status))

@@ -35,7 +35,7 @@ class AbsentShard:
         """Raises Unavailable."""
         self._refuse()
 
-    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
         """Raises Unavailable."""
         self._refuse()
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from profile_service.allocator import spare_what_stays
 from profile_service.clock import system_clock
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema, parse_schema
@@ -116,6 +117,7 @@ class ShardProcess:
         self._writer.add_done_callback(self._writer_ended)
         self.health.serving()
         self._server.serve(shard)
+        spare_what_stays()
         self._startup.done("serving")
         self._startup.over()
         logger.info("serving after %s", self._startup)

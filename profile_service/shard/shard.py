@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from profile_service.clock import Clock
 from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
+from profile_service.domain.index import Strings
 from profile_service.domain.population import Population
 from profile_service.errors import (
     InvalidArgument,
@@ -400,20 +401,24 @@ class Shard:
         if epoch != self.epoch:
             raise NotMine(f"shard {self.shard_id} is at epoch {self.epoch}, the request at {epoch}", self.epoch)
 
-    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
         """Encoded profiles in the order of `user_ids`, empty for users never seen; all as of one moment.
 
         Raises:
-            NotMine: the epoch, or a user, is another owner's.
+            NotMine: the epoch, where one is given, or a user, is another owner's.
             InvalidArgument: a feature that the schema does not declare.
         """
-        self._check_epoch(epoch)
+        if epoch is not None:
+            self._check_epoch(epoch)
         self._check_features(features)
-        for user_id in user_ids:
-            if not self._owned[xxhash.xxh64_intdigest(user_id.encode()) >> int(self._partition_shift)]:
+        ids = [user_id.encode() for user_id in user_ids]
+        keys = [xxhash.xxh64_intdigest(user_id) for user_id in ids]
+        # Users are few, often one: NumPy would take longer.
+        owned, shift = self._owned.data, int(self._partition_shift)
+        for user_id, key in zip(user_ids, keys, strict=True):
+            if not owned[key >> shift]:
                 raise NotMine(f"shard {self.shard_id} does not own user {user_id!r}", self.epoch)
-        now_ns = self._clock()
-        return [self._state.table.profile(user_id, now_ns, features, self._population) for user_id in user_ids]
+        return self._state.table.profiles(Strings.join(ids, keys), self._clock(), features, self._population)
 
     def _check_features(self, features: Sequence[str]) -> None:
         for index, name in enumerate(features):

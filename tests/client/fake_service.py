@@ -61,6 +61,8 @@ class FakeService(
         """What the next unary calls answer with."""
         self.failures_after: list[status_pb2.Status] = []
         """What the next batches answer with after they were counted."""
+        self.topology = admin_service_pb2.GetTopologyResponse(epoch=3)
+        """What GetTopology answers."""
         self.request_ids: set[str] = set()
         self.calls = 0
         self._changed = threading.Condition()
@@ -177,7 +179,7 @@ class FakeService(
         return admin_service_pb2.GetSchemaResponse()
 
     def GetTopology(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return admin_service_pb2.GetTopologyResponse(epoch=3)
+        return self.topology
 
     def GetStatus(self, request: Any, context: Any) -> Any:  # noqa: N802
         return admin_service_pb2.GetStatusResponse(state="serving")

@@ -202,7 +202,7 @@ class FakeShard:
     async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
         self.requests.append(list(parts))
 
-    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
         return [user_id.encode() for user_id in user_ids]
 
     def acknowledged(self, producer_id: str) -> int:

@@ -142,7 +142,7 @@ class Recovering(FakeShard):
         self._refuse()
         await super().submit(parts, size_bytes, epoch)
 
-    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> list[bytes]:
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
         self._refuse()
         return super().read(user_ids, features, epoch)
 

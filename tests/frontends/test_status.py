@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from profile_service import errors
-from profile_service.frontends import status as table
+from profile_service.rpc import status as table
 
 CASES = [
     (errors.InvalidArgument("user_id", "must not be empty"), grpc.StatusCode.INVALID_ARGUMENT, 400, "INVALID_ARGUMENT"),

@@ -15,20 +15,34 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
+from profile_client.aio_concurrency import begin, outcome
 from profile_client.aio_producer import AsyncProducer
 from profile_client.channel import CHANNEL_OPTIONS, is_retryable, next_wait_s
-from profile_client.errors import Rejected, RejectedEventsError, from_rpc_error
+from profile_client.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    Rejected,
+    RejectedEventsError,
+    ServiceError,
+    from_rpc_error,
+)
 from profile_client.events import Event, frame_all, set_attributes, unframe
 from profile_client.options import ProducerOptions
+from profile_client.owners import FIRST_TRY_S, TRY_S, Owner, Owners
 from profile_client.profiles import BatchProfiles, Profile, RankedItem, Ranking
 from userprofile.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
     event_service_pb2,
     event_service_pb2_grpc,
+    profile_pb2,
     profile_service_pb2,
     profile_service_pb2_grpc,
 )
+
+BATCH_USERS = 1_000
+"""Most users of a batch read that the service takes unless told otherwise. More of them are a frontend's to refuse."""
 
 
 class AsyncProfileClient:
@@ -47,6 +61,8 @@ class AsyncProfileClient:
         address: host:port of a frontend's gRPC server.
         timeout_s: how long a call may take, tries and waits together; each call can be given its own.
         channel_credentials: for TLS; without them the connection is in the clear.
+        direct: whether reads of profiles go straight to the shards that own them. Those that cannot be reached from
+            here, or do not answer, are read through the frontend. With `channel_credentials` all are.
     """
 
     def __init__(
@@ -55,6 +71,7 @@ class AsyncProfileClient:
         *,
         timeout_s: float = 5.0,
         channel_credentials: grpc.ChannelCredentials | None = None,
+        direct: bool = True,
     ) -> None:
         # grpc.aio binds a channel to the loop; without one, fail here and not at the first call.
         asyncio.get_running_loop()
@@ -68,6 +85,12 @@ class AsyncProfileClient:
         self._profiles: Any = profile_service_pb2_grpc.ProfileServiceStub(self._channel)
         self._admin: Any = admin_service_pb2_grpc.AdminServiceStub(self._channel)
         self._producers: weakref.WeakSet[AsyncProducer] = weakref.WeakSet()
+        self._owners = Owners(address) if direct and channel_credentials is None else None
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        """To owners, by address."""
+        self._stubs: dict[str, Any] = {}
+        self._retired: list[tuple[float, grpc.aio.Channel]] = []
+        """Those to addresses where no shard is any more, and when to close them."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -81,7 +104,9 @@ class AsyncProfileClient:
         """Closes the connection: calls under way end, and so do producers, with what they have not delivered."""
         for producer in list(self._producers):
             await producer.close(flush=False)
-        await self._channel.close()
+        retired = [channel for _, channel in self._retired]
+        for channel in [*retired, *self._channels.values(), self._channel]:
+            await channel.close()
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
@@ -97,6 +122,98 @@ class AsyncProfileClient:
                 await asyncio.sleep(wait_s)
         raise AssertionError("the last try returns or raises")
 
+    async def _learn_owners(self, left_s: float) -> None:
+        """Asks for the topology if that is due; one of several callers at once does."""
+        owners = self._owners
+        if owners is None or not owners.wants_topology(time.monotonic()):
+            return
+        request = admin_service_pb2.GetTopologyRequest()
+        try:
+            topology = await self._admin.GetTopology(request, timeout=min(TRY_S, 0.5 * left_s))
+        except grpc.RpcError as rpc_error:
+            unknown = rpc_error.code() == grpc.StatusCode.UNIMPLEMENTED
+            owners.topology_failed(time.monotonic(), for_good=unknown)
+        else:
+            for address in owners.install(topology):
+                self._stubs.pop(address, None)
+                if (channel := self._channels.pop(address, None)) is not None:
+                    self._retired.append((time.monotonic() + 2 * TRY_S, channel))
+            # By then no call is on its way there.
+            while self._retired and self._retired[0][0] < time.monotonic():
+                await self._retired.pop(0)[1].close()
+
+    def _stub_of(self, owner: Owner) -> Any:
+        stub = self._stubs.get(owner.address)
+        if stub is None:
+            channel = self._channels.setdefault(
+                owner.address, grpc.aio.insecure_channel(owner.address, options=CHANNEL_OPTIONS)
+            )
+            stub = self._stubs.setdefault(owner.address, profile_service_pb2_grpc.ProfileServiceStub(channel))
+        return stub
+
+    def _refused(self, owners: Owners, owner: Owner, rpc_error: Any, try_s: float) -> ServiceError:
+        """Notes what an owner's error says of it, after a try that could take so long."""
+        error = from_rpc_error(rpc_error)
+        if error.reason:
+            owners.answered(owner)
+        if error.reason == "NOT_MINE":
+            owners.not_mine()
+        elif isinstance(error, DeadlineExceededError) and try_s < FIRST_TRY_S:
+            pass  # The caller is in a hurry.
+        elif not isinstance(error, NotFoundError | InvalidArgumentError):
+            owners.failed(owner, time.monotonic())
+        return error
+
+    async def _read_from_owner(self, user_id: str, request: Any, left_s: float) -> profile_pb2.Profile | None:
+        """What the user's owner answers; None where a frontend is to be asked."""
+        await self._learn_owners(left_s)
+        owners = self._owners
+        owner = None if owners is None else owners.of(user_id, time.monotonic())
+        if owners is None or owner is None:
+            return None
+        try_s = owner.try_s(left_s)
+        try:
+            profile: profile_pb2.Profile = await self._stub_of(owner).GetProfile(request, timeout=try_s)
+        except grpc.RpcError as rpc_error:
+            error = self._refused(owners, owner, rpc_error, try_s)
+            if isinstance(error, NotFoundError | InvalidArgumentError):
+                raise error from rpc_error
+            return None
+        owners.answered(owner)
+        return profile
+
+    async def _read_from_owners(
+        self, user_ids: Sequence[str], features: Sequence[str], left_s: float
+    ) -> dict[str, profile_pb2.Profile | None]:
+        """What the users' owners answer: by user a profile, or None for one never seen. Users are left out for whom a
+        frontend is to be asked."""
+        await self._learn_owners(left_s)
+        owners = self._owners
+        if owners is None or len(user_ids) > BATCH_USERS:
+            return {}
+        now_s = time.monotonic()
+        asked: dict[str, tuple[Owner, list[str]]] = {}
+        for user_id in user_ids:
+            owner = owners.of(user_id, now_s)
+            if owner is not None:
+                asked.setdefault(owner.address, (owner, []))[1].append(user_id)
+        calls = []
+        for owner, theirs in asked.values():
+            request = profile_service_pb2.BatchGetProfilesRequest(user_ids=theirs, features=features)
+            calls.append(begin(self._stub_of(owner).BatchGetProfiles, request, owner.try_s(left_s)))
+        found: dict[str, profile_pb2.Profile | None] = {}
+        for (owner, _), call in zip(asked.values(), calls, strict=True):
+            try:
+                answer = await outcome(call)
+            except grpc.RpcError as rpc_error:
+                # A fault of the request, too, is the frontend's to tell: it counts in the whole of it.
+                self._refused(owners, owner, rpc_error, owner.try_s(left_s))
+            else:
+                owners.answered(owner)
+                found.update((profile.user_id, profile) for profile in answer.profiles)
+                found.update((user_id, None) for user_id in answer.missing_user_ids)
+        return found
+
     async def get_profile(
         self, user_id: str, features: Sequence[str] = (), *, timeout_s: float | None = None
     ) -> Profile:
@@ -107,15 +224,27 @@ class AsyncProfileClient:
             InvalidArgumentError: the user id, or a feature's name, is wrong.
         """
         request = profile_service_pb2.GetProfileRequest(user_id=user_id, features=features)
-        return Profile(await self._call(self._profiles.GetProfile, request, timeout_s, repeatable=True))
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        answer = await self._read_from_owner(user_id, request, deadline - time.monotonic())
+        if answer is None:
+            left_s = deadline - time.monotonic()
+            answer = await self._call(self._profiles.GetProfile, request, left_s, repeatable=True)
+        return Profile(answer)
 
     async def batch_get_profiles(
         self, user_ids: Iterable[str], features: Sequence[str] = (), *, timeout_s: float | None = None
     ) -> BatchProfiles:
         """Up to 1,000 users' profiles, in the order asked for; users never seen are named apart."""
-        request = profile_service_pb2.BatchGetProfilesRequest(user_ids=user_ids, features=features)
-        answer = await self._call(self._profiles.BatchGetProfiles, request, timeout_s, repeatable=True)
-        return BatchProfiles([Profile(p) for p in answer.profiles], list(answer.missing_user_ids))
+        wanted = list(user_ids)
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        found = await self._read_from_owners(wanted, features, deadline - time.monotonic())
+        if not wanted or any(user_id not in found for user_id in wanted):
+            request = profile_service_pb2.BatchGetProfilesRequest(user_ids=wanted, features=features)
+            left_s = deadline - time.monotonic()
+            answer = await self._call(self._profiles.BatchGetProfiles, request, left_s, repeatable=True)
+            return BatchProfiles([Profile(p) for p in answer.profiles], list(answer.missing_user_ids))
+        profiles = [Profile(profile) for user_id in wanted if (profile := found[user_id]) is not None]
+        return BatchProfiles(profiles, [user_id for user_id in wanted if found[user_id] is None])
 
     async def get_population(self, features: Sequence[str] = (), *, timeout_s: float | None = None) -> Profile:
         """All users as one profile; at most 2 s old."""

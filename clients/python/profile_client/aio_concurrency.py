@@ -1,4 +1,4 @@
-"""What the producer needs of asyncio. `concurrency.py` offers the same over threads."""
+"""What client and producer need of asyncio. `concurrency.py` offers the same over threads."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ class Background:
         """Returns when it has ended; at once where it is the caller itself."""
         if self._task is not asyncio.current_task():
             await asyncio.wait([self._task])
+
+
+def begin(method: Any, request: Any, timeout_s: float) -> Any:
+    """A call that is under way; `outcome` waits for it."""
+    return method(request, timeout=timeout_s)
+
+
+async def outcome(call: Any) -> Any:
+    """What a call ended with: its answer, or an RpcError that is raised."""
+    return await call

@@ -1,11 +1,11 @@
-"""What the producer needs of threads. `aio_concurrency.py` offers the same over asyncio."""
+"""What client and producer need of threads. `aio_concurrency.py` offers the same over asyncio."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 
 class Condition:
@@ -43,3 +43,13 @@ class Background:
         """Returns when it has ended; at once where it is the caller itself."""
         if self._thread is not threading.current_thread():
             self._thread.join()
+
+
+def begin(method: Any, request: Any, timeout_s: float) -> Any:
+    """A call that is under way; `outcome` waits for it."""
+    return method.future(request, timeout=timeout_s)
+
+
+def outcome(call: Any) -> Any:
+    """What a call ended with: its answer, or an RpcError that is raised."""
+    return call.result()

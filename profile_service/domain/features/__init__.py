@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from profile_service.domain.encoding import Reading
 from profile_service.domain.features import (
     categorical,
     counter,
@@ -61,3 +62,26 @@ def update(
         recent.update(views, operation, tables, events, rows)
     elif kind == _DISTINCT:
         distinct.update(views, operation, tables, events, rows)
+
+
+@leaf_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes the operation's feature of a row as a Feature before `at`; returns where it begins, or `NO_ROOM`."""
+    kind = operation[KIND]
+    if kind == _COUNTER:
+        return counter.encode(views, row, operation, reading, out, at)
+    if kind == _CATEGORICAL:
+        return categorical.encode(views, row, operation, reading, out, at)
+    if kind == _DISTRIBUTION:
+        return distribution.encode(views, row, operation, reading, out, at)
+    if kind == _TOP_K:
+        return top_k.encode(views, row, operation, reading, out, at)
+    if kind == _WINDOW_COUNT:
+        return window_count.encode(views, row, operation, reading, out, at)
+    if kind == _LATEST:
+        return latest.encode(views, row, operation, reading, out, at)
+    if kind == _RECENT:
+        return recent.encode(views, row, operation, reading, out, at)
+    return distinct.encode(views, row, operation, reading, out, at)

@@ -1,11 +1,15 @@
 """What every feature kind offers. A kind is one file of this package and one line of its registry.
 
 A kind (`FeatureKind`) reads its options from the schema file and makes a `Feature`: the kind bound to the slots of a
-row that it owns. A feature has five verbs over rows, and its kind's file has the one that is compiled:
+row that it owns. A feature has five verbs over rows. Two are compiled, and stand in its kind's file; the feature's
+`operation` tells them which slots are meant:
 
-    update     adds a block of events to their rows (a kernel, told by the feature's `operation` which slots are meant)
+    update     adds a block of events to their rows
+    encode     writes one row's values, as of a moment, as the answer's bytes
+
+The others are methods:
+
     merge      adds one row's values to another's
-    finalize   turns one row's values, as of a moment, into the answer
     strings    says which slots hold interned texts
     convert    brings rows along when the schema changes in a way that their values can follow
 
@@ -19,8 +23,8 @@ The same kernels run over the population's single row, whose `f4` view is 64 bit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +33,6 @@ from pydantic import BaseModel, ConfigDict
 
 from profile_service.domain.decay import NO_LANDMARK, half_life_to_ns
 from profile_service.domain.kernel import inlined_kernel, to_i64
-from userprofile.v1 import profile_pb2
 
 VIEW_DTYPES: dict[str, np.dtype[Any]] = {
     "f8": np.dtype(np.float64),
@@ -55,11 +58,12 @@ class RowViews(NamedTuple):
     u1: NDArray[np.uint8]
 
 
-KIND, ROUNDED_BITS, WEIGHTS, HALF_LIFE, ATTRIBUTE, OWN = range(6)
+KIND, ROUNDED_BITS, WEIGHTS, HALF_LIFE, ATTRIBUTE, HALF_LIFE_NS, NAME, NAME_BYTES, OWN = range(9)
 """Entries of an operation that every kind has: the kind's number, what `add_rounded` is to leave out, where the weights
-of the event types begin in `Tables.reals`, the half-life index, the attribute. From `OWN` on they are the kind's."""
+of the event types begin in `Tables.reals`, the half-life index, the attribute, the half-life, where the feature's name
+begins in the labels, and its length. From `OWN` on they are the kind's."""
 
-OPERATION_ENTRIES = OWN + 9
+OPERATION_ENTRIES = OWN + 10
 
 ABSENT = -2
 UNLISTED = -1
@@ -124,6 +128,9 @@ class Constants:
         self.values = values
         self._reals: list[float] = []
         self._codes: list[int] = []
+        self._labels = bytearray()
+        self.prior_sizes: list[int] = []
+        """By categorical: how many values have a prior."""
 
     def add_reals(self, reals: Sequence[float] | NDArray[np.float64]) -> int:
         """Where they begin in `Tables.reals`."""
@@ -134,6 +141,20 @@ class Constants:
         """Where they begin in `Tables.codes`."""
         self._codes.extend(codes)
         return len(self._codes) - len(codes)
+
+    def add_label(self, label: bytes) -> int:
+        """Where it begins in the labels."""
+        self._labels += label
+        return len(self._labels) - len(label)
+
+    def add_prior(self, values: int) -> tuple[int, int]:
+        """The feature's number among those with a prior, and where its values begin in all of theirs."""
+        self.prior_sizes.append(values)
+        return len(self.prior_sizes) - 1, sum(self.prior_sizes[:-1])
+
+    def labels(self) -> NDArray[np.uint8]:
+        """(bytes,) all of them."""
+        return np.frombuffer(bytes(self._labels) or b"\0", dtype=np.uint8)
 
     def tables(self) -> Tables:
         return Tables(np.array(self._reals, dtype=np.float64), np.array(self._codes, dtype=np.int64))
@@ -162,19 +183,6 @@ class SlotAllocator:
     def bytes_used(self) -> int:
         """Bytes of all slots handed out so far."""
         return sum(count * VIEW_DTYPES[view].itemsize for view, count in self.used.items())
-
-
-@dataclass
-class ReadContext:
-    """What a row's values are read against."""
-
-    read_ns: int
-    """The moment to which weights are decayed."""
-    text_of: Callable[[int], str]
-    """The text behind an interned id."""
-    population_weights: Callable[[str], NDArray[np.float64] | None] = field(default=lambda _name: None)
-    """By feature name: the population's decayed weights of a categorical's values at `read_ns`; None before it is
-    known."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +241,8 @@ class Feature(ABC):
         """
 
     @abstractmethod
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        """Fills `message` with the row's values as of `context.read_ns`."""
+    def answer_bytes(self) -> int:
+        """The most that `encode` writes, but for interned texts."""
 
     def convert(self, target: RowViews, old: Feature, source: RowViews) -> None:
         """Fills this feature's slots of fresh rows with what `old` holds in the same rows of `source`.

@@ -21,10 +21,20 @@ from profile_service.domain.decay import (
     read_scale,
     steps_from_landmark,
 )
+from profile_service.domain.encoding import (
+    HEAD_BYTES,
+    NUMBER_BYTES,
+    Reading,
+    put_bytes,
+    put_double,
+    put_head,
+    sort_descending,
+)
 from profile_service.domain.features.base import (
     ABSENT,
     ATTRIBUTE,
     HALF_LIFE,
+    HALF_LIFE_NS,
     OWN,
     ROUNDED_BITS,
     UNLISTED,
@@ -35,7 +45,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -73,7 +82,17 @@ class CategoricalOptions(KindOptions):
     convertible: ClassVar[frozenset[str]] = frozenset({"values"})
 
 
-SLOT, COUNT, LANDMARK, CODES = range(OWN, OWN + 4)
+SLOT, COUNT, LANDMARK, CODES, LABELS, STRENGTH, PRIOR_NUMBER, PRIOR = range(OWN, OWN + 8)
+"""`LABELS` is where pairs of place and length begin in the codes; `PRIOR` is -1 where the prior is uniform."""
+
+_FIELD = profile_pb2.Feature.CATEGORICAL_FIELD_NUMBER
+_WEIGHT = profile_pb2.Categorical.WEIGHT_FIELD_NUMBER
+_CONFIDENCE = profile_pb2.Categorical.CONFIDENCE_FIELD_NUMBER
+_VALUES = profile_pb2.Categorical.VALUES_FIELD_NUMBER
+_VALUE = profile_pb2.Categorical.Value.VALUE_FIELD_NUMBER
+_VALUE_WEIGHT = profile_pb2.Categorical.Value.WEIGHT_FIELD_NUMBER
+_LIKELIHOOD = profile_pb2.Categorical.Value.LIKELIHOOD_FIELD_NUMBER
+_LIFT = profile_pb2.Categorical.Value.LIFT_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -105,6 +124,47 @@ def update(
         f4[row, place] = add_rounded(f4[row, place], w, operation[ROUNDED_BITS])
 
 
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Categorical before `at`; returns where it begins."""
+    slot, count, landmark = entry(operation, SLOT), entry(operation, COUNT), entry(operation, LANDMARK)
+    half_life_ns, strength = operation[HALF_LIFE_NS], reading.reals[operation[STRENGTH]]
+    scale = read_scale(views.i8[row, landmark], reading.read_ns, half_life_ns)
+    # The prior of a value is `(weight + 1) / everyones`, with the population's decayed weights; without them 1 / count.
+    number, prior = operation[PRIOR_NUMBER], operation[PRIOR]
+    is_uniform = prior < 0 or len(reading.prior_weights) == 0
+    prior_scale, everyones = 0.0, float(count)
+    if not is_uniform:
+        prior_scale = read_scale(reading.prior_landmarks[number], reading.read_ns, half_life_ns)
+        for k in range(count):
+            everyones += reading.prior_weights[prior + k] * prior_scale
+    total = 0.0
+    for k in range(count):
+        total += views.f4[row, slot + k] * scale
+    keys = reading.keys
+    for k in range(count):
+        share = 1.0 / everyones if is_uniform else (reading.prior_weights[prior + k] * prior_scale + 1.0) / everyones
+        keys[k] = (views.f4[row, slot + k] * scale + strength * share) / (total + strength)
+    # Equals keep the schema's order.
+    sort_descending(keys, count, reading.order, reading.beside)
+    end = at
+    for k in range(count - 1, -1, -1):
+        code = reading.order[k]
+        share = 1.0 / everyones if is_uniform else (reading.prior_weights[prior + code] * prior_scale + 1.0) / everyones
+        label = operation[LABELS] + 2 * code
+        last = at
+        at = put_double(out, at, _LIFT, keys[code] / share)
+        at = put_double(out, at, _LIKELIHOOD, keys[code])
+        at = put_double(out, at, _VALUE_WEIGHT, views.f4[row, slot + code] * scale)
+        at = put_bytes(out, at, _VALUE, reading.labels, reading.codes[label], reading.codes[label + 1])
+        at = put_head(out, at, _VALUES, last)
+    at = put_double(out, at, _CONFIDENCE, total / (total + strength))
+    at = put_double(out, at, _WEIGHT, total)
+    return put_head(out, at, _FIELD, end)
+
+
 class CategoricalFeature(Feature):
     """A weight for each value, then one for `other`."""
 
@@ -124,7 +184,21 @@ class CategoricalFeature(Feature):
         codes = {value: code for code, value in enumerate(self.vocabulary())}
         other = len(codes)
         first = constants.add_codes([codes.get(value, other) for value in constants.values])
-        return [starts.f4 + self.slot, len(self.labels), starts.i8 + self.landmark, first]
+        places = []
+        for label in self.labels:
+            encoded = label.encode()
+            places += [constants.add_label(encoded), len(encoded)]
+        number, prior = constants.add_prior(len(self.labels))
+        return [
+            starts.f4 + self.slot,
+            len(self.labels),
+            starts.i8 + self.landmark,
+            first,
+            constants.add_codes(places),
+            constants.add_reals([self.prior_strength]),
+            number,
+            prior if self.prior == "population" else -1,
+        ]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
@@ -146,29 +220,9 @@ class CategoricalFeature(Feature):
         target.f4[:, self.slot + places[OTHER]] = other
         target.i8[:, self.landmark] = source.i8[:, old.landmark]
 
-    def weights(self, views: RowViews, row: int, read_ns: int) -> NDArray[np.float64]:
-        """Decayed weight of each value, `other` last, as of `read_ns`."""
-        scale = read_scale(int(views.i8[row, self.landmark]), read_ns, self.half_life_ns)
-        return views.f4[row, self.slot : self.slot + len(self.labels)].astype(np.float64) * scale
-
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        weights = self.weights(views, row, context.read_ns)
-        prior = np.full(len(weights), 1.0 / len(weights))
-        if self.prior == "population":
-            population = context.population_weights(self.name)
-            if population is not None:
-                prior = (population + 1.0) / (population.sum() + len(population))
-        total = float(weights.sum())
-        likelihoods = (weights + self.prior_strength * prior) / (total + self.prior_strength)
-        lifts = likelihoods / prior
-        answer = message.categorical
-        answer.weight = total
-        answer.confidence = total / (total + self.prior_strength)
-        # A stable sort keeps the schema's order among equals.
-        for code in np.argsort(-likelihoods, kind="stable").tolist():
-            answer.values.add(
-                value=self.labels[code], weight=weights[code], likelihood=likelihoods[code], lift=lifts[code]
-            )
+    def answer_bytes(self) -> int:
+        values = sum(len(label.encode()) + 2 * HEAD_BYTES + 3 * NUMBER_BYTES for label in self.labels)
+        return HEAD_BYTES + 2 * NUMBER_BYTES + values
 
 
 class Categorical(FeatureKind):

@@ -6,8 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.domain.decay import RESCALE_STEPS, align, power_of_two, read_scale, steps_from_landmark
+from profile_service.domain.encoding import HEAD_BYTES, NUMBER_BYTES, Reading, put_double, put_head
 from profile_service.domain.features.base import (
     HALF_LIFE,
+    HALF_LIFE_NS,
     OWN,
     WEIGHTS,
     Constants,
@@ -16,7 +18,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -32,6 +33,9 @@ class CounterOptions(KindOptions):
 
 
 SLOT, LANDMARK = range(OWN, OWN + 2)
+
+_FIELD = profile_pb2.Feature.COUNTER_FIELD_NUMBER
+_VALUE = profile_pb2.Counter.VALUE_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -61,6 +65,17 @@ def update(
         f8[row, slot] += w
 
 
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Counter before `at`; returns where it begins."""
+    value, landmark = views.f8[row, entry(operation, SLOT)], operation[LANDMARK]
+    if landmark >= 0:
+        value *= read_scale(views.i8[row, landmark], reading.read_ns, operation[HALF_LIFE_NS])
+    return put_head(out, put_double(out, at, _VALUE, value), _FIELD, at)
+
+
 class CounterFeature(Feature):
     """One float64, and a landmark where it decays."""
 
@@ -79,11 +94,8 @@ class CounterFeature(Feature):
             target.i8[row, self.landmark] = common
         target.f8[row, self.slot] = target.f8[row, self.slot] * mine + source.f8[source_row, self.slot] * theirs
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        scale = 1.0
-        if self.half_life_ns:
-            scale = read_scale(int(views.i8[row, self.landmark]), context.read_ns, self.half_life_ns)
-        message.counter.value = float(views.f8[row, self.slot]) * scale
+    def answer_bytes(self) -> int:
+        return HEAD_BYTES + NUMBER_BYTES
 
 
 class Counter(FeatureKind):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from profile_service.domain.encoding import HEAD_BYTES, NUMBER_BYTES, Reading, put_double, put_head
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     OWN,
@@ -22,7 +23,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -41,6 +41,9 @@ class DistinctOptions(KindOptions):
 
 
 REGISTERS, PRECISION = range(OWN, OWN + 2)
+
+_FIELD = profile_pb2.Feature.DISTINCT_FIELD_NUMBER
+_ESTIMATE = profile_pb2.Distinct.ESTIMATE_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -89,6 +92,7 @@ def _pack(registers: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
         packed[(bit >> 3) + 1] |= np.uint8(pair >> 8)
 
 
+@inlined_kernel
 def _sigma(x: float) -> float:
     if x == 1.0:
         return math.inf
@@ -102,8 +106,9 @@ def _sigma(x: float) -> float:
             return z
 
 
+@inlined_kernel
 def _tau(x: float) -> float:
-    if x in (0.0, 1.0):
+    if x == 0.0 or x == 1.0:
         return 0.0
     y, z = 1.0, 1.0 - x
     while True:
@@ -115,16 +120,32 @@ def _tau(x: float) -> float:
             return z / 3.0
 
 
-def estimate(registers: NDArray[np.uint8], precision: int) -> float:
-    """Ertl's improved raw estimate of how many values the registers have seen."""
-    m = len(registers)
+@inlined_kernel
+def estimate(counts: NDArray[np.int64], precision: int) -> float:
+    """Ertl's improved raw estimate of how many values were seen, from how many registers hold each rank."""
+    m = 1 << precision
     highest = 64 - precision
-    counts = np.bincount(registers, minlength=highest + 2).tolist()
     z = m * _tau(1.0 - counts[highest + 1] / m)
     for k in range(highest, 0, -1):
         z = 0.5 * (z + counts[k])
     z += m * _sigma(counts[0] / m)
     return m * m / (2.0 * math.log(2.0) * z)
+
+
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Distinct before `at`; returns where it begins."""
+    precision, registers = operation[PRECISION], entry(operation, REGISTERS)
+    counts = reading.order
+    counts[: 64 - precision + 2] = 0
+    for index in range(1 << precision):
+        bit = 6 * index
+        place = registers + (bit >> 3)
+        pair = np.int64(views.u1[row, place]) | (np.int64(views.u1[row, place + 1]) << 8)
+        counts[(pair >> (bit & 7)) & 63] += 1
+    return put_head(out, put_double(out, at, _ESTIMATE, estimate(counts, precision)), _FIELD, at)
 
 
 class DistinctFeature(Feature):
@@ -152,9 +173,8 @@ class DistinctFeature(Feature):
         merged = np.maximum(self._read(target, row), self._read(source, source_row))
         _pack(merged, target.u1[row, self.registers : self.registers + self.bytes])
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        message.distinct.SetInParent()
-        message.distinct.estimate = estimate(self._read(views, row), self.precision)
+    def answer_bytes(self) -> int:
+        return HEAD_BYTES + NUMBER_BYTES
 
 
 class Distinct(FeatureKind):

@@ -20,9 +20,11 @@ from profile_service.domain.decay import (
     read_scale,
     steps_from_landmark,
 )
+from profile_service.domain.encoding import HEAD_BYTES, NUMBER_BYTES, Reading, put_bytes, put_double, put_head
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     HALF_LIFE,
+    HALF_LIFE_NS,
     OWN,
     ROUNDED_BITS,
     WEIGHTS,
@@ -32,14 +34,14 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
     Tables,
+    Weights,
     entry,
 )
-from profile_service.domain.kernel import inlined_kernel, to_i64
+from profile_service.domain.kernel import inlined_kernel, store_u64, to_i64
 from userprofile.v1 import profile_pb2
 
 MOST_GUESSES = 512
@@ -116,7 +118,23 @@ class DistributionOptions(KindOptions):
     only_read: ClassVar[frozenset[str]] = frozenset({"unit"})
 
 
-MOMENTS, BINS, LANDMARK, EDGES, EDGE_COUNT, GUESSES, GUESS_COUNT, GUESS_SHIFT, LOWEST_KEY = range(OWN, OWN + 9)
+MOMENTS, BINS, LANDMARK, EDGES, EDGE_COUNT, GUESSES, GUESS_COUNT, GUESS_SHIFT, LOWEST_KEY, EDGE_BYTES = range(
+    OWN, OWN + 10
+)
+"""`EDGE_BYTES` is where the edges begin in the labels, as an answer holds them."""
+
+_FIELD = profile_pb2.Feature.DISTRIBUTION_FIELD_NUMBER
+_WEIGHT = profile_pb2.Distribution.WEIGHT_FIELD_NUMBER
+_MEAN = profile_pb2.Distribution.MEAN_FIELD_NUMBER
+_STDDEV = profile_pb2.Distribution.STDDEV_FIELD_NUMBER
+_MIN = profile_pb2.Distribution.MIN_FIELD_NUMBER
+_MAX = profile_pb2.Distribution.MAX_FIELD_NUMBER
+_QUANTILES = profile_pb2.Distribution.QUANTILES_FIELD_NUMBER
+_PROBABILITY = profile_pb2.Distribution.Quantile.PROBABILITY_FIELD_NUMBER
+_QUANTILE_VALUE = profile_pb2.Distribution.Quantile.VALUE_FIELD_NUMBER
+_HISTOGRAM = profile_pb2.Distribution.HISTOGRAM_FIELD_NUMBER
+_EDGES = profile_pb2.Distribution.Histogram.EDGES_FIELD_NUMBER
+_WEIGHTS = profile_pb2.Distribution.Histogram.WEIGHTS_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -206,6 +224,71 @@ def _guess(edges: NDArray[np.float64]) -> tuple[list[int], int, int]:
     return np.searchsorted(upper, lowest + np.arange(count), side="left").tolist(), shift, lowest
 
 
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Distribution before `at`; returns where it begins."""
+    f8, f4 = views.f8, views.f4
+    moments, bins, landmark = entry(operation, MOMENTS), entry(operation, BINS), entry(operation, LANDMARK)
+    edges = reading.reals[operation[EDGES] : operation[EDGES] + operation[EDGE_COUNT]]
+    count = len(edges) + 1
+    scale = read_scale(views.i8[row, landmark], reading.read_ns, operation[HALF_LIFE_NS])
+    weight, low, high = f8[row, moments], f8[row, moments + 3], f8[row, moments + 4]
+    end = at
+    for k in range(count - 1, -1, -1):
+        at -= 8
+        store_u64(out, at, np.float64(f4[row, bins + k] * scale).view(np.uint64))
+    at = put_head(out, at, _WEIGHTS, end)
+    at = put_bytes(out, at, _EDGES, reading.labels, operation[EDGE_BYTES], 8 * len(edges))
+    at = put_head(out, at, _HISTOGRAM, end)
+    if weight > 0.0:
+        # Quantiles come from the stored weights: the scale of reading cancels, and may have underflowed.
+        cumulated = reading.keys
+        total = 0.0
+        for k in range(count):
+            total += f4[row, bins + k]
+            cumulated[k] = total
+        for n in range(len(PROBABILITIES) - 1, -1, -1):
+            last = at
+            at = put_double(out, at, _QUANTILE_VALUE, _quantile(f4, row, bins, edges, cumulated, n, low, high))
+            at = put_double(out, at, _PROBABILITY, PROBABILITIES[n])
+            at = put_head(out, at, _QUANTILES, last)
+        at = put_double(out, at, _MAX, high)
+        at = put_double(out, at, _MIN, low)
+        at = put_double(out, at, _STDDEV, math.sqrt(max(0.0, f8[row, moments + 2]) / weight))
+        at = put_double(out, at, _MEAN, f8[row, moments + 1])
+        at = put_double(out, at, _WEIGHT, weight * scale)
+    return put_head(out, at, _FIELD, end)
+
+
+@inlined_kernel
+def _quantile(
+    f4: Weights,
+    row: int,
+    bins: int,
+    edges: NDArray[np.float64],
+    cumulated: NDArray[np.float64],
+    number: int,
+    low: float,
+    high: float,
+) -> float:
+    """Linear inside the bin that the probability falls into; under and over reach to the minimum and maximum."""
+    over = len(edges)
+    if cumulated[over] <= 0.0:
+        return low
+    target = PROBABILITIES[number] * cumulated[over]
+    index = 0
+    while index < over and cumulated[index] < target:
+        index += 1
+    before = cumulated[index - 1] if index > 0 else 0.0
+    weight = np.float64(f4[row, bins + index])
+    share = min(1.0, max(0.0, (target - before) / weight)) if weight > 0.0 else 0.0
+    start = edges[index - 1] if index > 0 else min(low, edges[0])
+    stop = edges[index] if index < over else max(high, edges[over - 1])
+    return float(min(max(start + (stop - start) * share, low), high))
+
+
 class DistributionFeature(Feature):
     """Weight, mean, M2, minimum and maximum, then the bins: under, each, over."""
 
@@ -223,7 +306,8 @@ class DistributionFeature(Feature):
         slots = [starts.f8 + self.moments, starts.f4 + self.bins, starts.i8 + self.landmark]
         guesses, shift, lowest = _guess(self.edges)
         reals, codes = constants.add_reals(self.edges), constants.add_codes(guesses)
-        return [*slots, reals, len(self.edges), codes, len(guesses), shift, lowest]
+        edges = constants.add_label(self.edges.astype("<f8").tobytes())
+        return [*slots, reals, len(self.edges), codes, len(guesses), shift, lowest, edges]
 
     def merge(self, target: RowViews, row: int, source: RowViews, source_row: int) -> None:
         common, mine, theirs = align(int(target.i8[row, self.landmark]), int(source.i8[source_row, self.landmark]))
@@ -243,40 +327,9 @@ class DistributionFeature(Feature):
         target.f4[row, own] = target.f4[row, own] * mine + source.f4[source_row, own] * theirs
         target.i8[row, self.landmark] = common
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        answer = message.distribution
-        answer.histogram.edges.extend(self.edges.tolist())
-        stored = views.f4[row, self.bins : self.bins + len(self.edges) + 1].astype(np.float64)
-        weight, mean, m2, low, high = views.f8[row, self.moments : self.moments + 5].tolist()
-        scale = read_scale(int(views.i8[row, self.landmark]), context.read_ns, self.half_life_ns)
-        answer.histogram.weights.extend((stored * scale).tolist())
-        if weight <= 0:
-            return
-        answer.weight = weight * scale
-        answer.mean = mean
-        answer.stddev = math.sqrt(max(0.0, m2) / weight)
-        answer.min = low
-        answer.max = high
-        # Quantiles come from the stored weights: the scale of reading cancels, and may have underflowed.
-        for probability, value in zip(PROBABILITIES, self._quantiles(stored, low, high), strict=True):
-            answer.quantiles.add(probability=probability, value=value)
-
-    def _quantiles(self, weights: NDArray[np.float64], low: float, high: float) -> list[float]:
-        """Linear inside the bin that the probability falls into; under and over reach to the minimum and maximum."""
-        cumulated = np.cumsum(weights)
-        total = float(cumulated[-1])
-        if total <= 0:
-            return [low] * len(PROBABILITIES)
-        bounds = np.concatenate(([min(low, self.edges[0])], self.edges, [max(high, self.edges[-1])]))
-        answer = []
-        for probability in PROBABILITIES:
-            target = probability * total
-            index = min(int(np.searchsorted(cumulated, target, side="left")), len(weights) - 1)
-            before = float(cumulated[index - 1]) if index else 0.0
-            share = (target - before) / float(weights[index]) if weights[index] > 0 else 0.0
-            value = float(bounds[index]) + float(bounds[index + 1] - bounds[index]) * min(1.0, max(0.0, share))
-            answer.append(min(max(value, low), high))
-        return answer
+    def answer_bytes(self) -> int:
+        quantiles = len(PROBABILITIES) * (HEAD_BYTES + 2 * NUMBER_BYTES)
+        return 4 * HEAD_BYTES + 5 * NUMBER_BYTES + quantiles + 8 * (2 * len(self.edges) + 1)
 
 
 class Distribution(FeatureKind):

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from profile_service.domain.encoding import HEAD_BYTES, NO_ROOM, TIME_BYTES, Reading, put_head, put_text, put_time
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     OWN,
@@ -18,7 +19,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -37,6 +37,10 @@ class LatestOptions(KindOptions):
 
 HELD, WHEN = range(OWN, OWN + 2)
 
+_FIELD = profile_pb2.Feature.LATEST_FIELD_NUMBER
+_VALUE = profile_pb2.Latest.VALUE_FIELD_NUMBER
+_TIME = profile_pb2.Latest.TIME_FIELD_NUMBER
+
 
 @inlined_kernel
 def update(
@@ -54,6 +58,20 @@ def update(
         if u4[row, held] == 0 or events.time_ns[i] >= i8[row, when]:
             u4[row, held] = values[i]
             i8[row, when] = events.time_ns[i]
+
+
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Latest before `at`; returns where it begins, or `NO_ROOM`."""
+    end, held = at, views.u4[row, entry(operation, HELD)]
+    if held != 0:
+        at = put_time(out, at, _TIME, views.i8[row, entry(operation, WHEN)])
+        at = put_text(out, at, _VALUE, reading, held)
+        if at == NO_ROOM:
+            return NO_ROOM
+    return put_head(out, at, _FIELD, end)
 
 
 class LatestFeature(Feature):
@@ -80,12 +98,8 @@ class LatestFeature(Feature):
             target.u4[row, self.held] = theirs
             target.i8[row, self.when] = source.i8[source_row, self.when]
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        message.latest.SetInParent()
-        held = int(views.u4[row, self.held])
-        if held:
-            message.latest.value = context.text_of(held)
-            message.latest.time.FromNanoseconds(int(views.i8[row, self.when]))
+    def answer_bytes(self) -> int:
+        return 2 * HEAD_BYTES + TIME_BYTES
 
 
 class Latest(FeatureKind):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from profile_service.domain.encoding import HEAD_BYTES, NO_ROOM, TIME_BYTES, Reading, put_head, put_text, put_time
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     OWN,
@@ -19,7 +20,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -40,6 +40,11 @@ class RecentOptions(KindOptions):
 
 
 IDS, TIMES, SIZE = range(OWN, OWN + 3)
+
+_FIELD = profile_pb2.Feature.RECENT_FIELD_NUMBER
+_ENTRIES = profile_pb2.Recent.ENTRIES_FIELD_NUMBER
+_VALUE = profile_pb2.Recent.Entry.VALUE_FIELD_NUMBER
+_TIME = profile_pb2.Recent.Entry.TIME_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -73,6 +78,25 @@ def update(
             i8[row, times + j] = i8[row, times + j - 1]
         u4[row, ids + place] = value
         i8[row, times + place] = when
+
+
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a Recent before `at`; returns where it begins, or `NO_ROOM`."""
+    end, ids, times = at, entry(operation, IDS), entry(operation, TIMES)
+    for place in range(entry(operation, SIZE) - 1, -1, -1):
+        held = views.u4[row, ids + place]
+        if held == 0:
+            continue
+        last = at
+        at = put_time(out, at, _TIME, views.i8[row, times + place])
+        at = put_text(out, at, _VALUE, reading, held)
+        if at == NO_ROOM:
+            return NO_ROOM
+        at = put_head(out, at, _ENTRIES, last)
+    return put_head(out, at, _FIELD, end)
 
 
 class RecentFeature(Feature):
@@ -118,11 +142,8 @@ class RecentFeature(Feature):
         target.u4[:, self.ids : self.ids + count] = source.u4[:, old.ids : old.ids + count]
         target.i8[:, self.times : self.times + count] = source.i8[:, old.times : old.times + count]
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        message.recent.SetInParent()
-        for when, held in self._entries(views, row):
-            entry = message.recent.entries.add(value=context.text_of(held))
-            entry.time.FromNanoseconds(when)
+    def answer_bytes(self) -> int:
+        return HEAD_BYTES + self.size * (2 * HEAD_BYTES + TIME_BYTES)
 
 
 class Recent(FeatureKind):

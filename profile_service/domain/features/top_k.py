@@ -23,9 +23,20 @@ from profile_service.domain.decay import (
     read_scale,
     steps_from_landmark,
 )
+from profile_service.domain.encoding import (
+    HEAD_BYTES,
+    NO_ROOM,
+    NUMBER_BYTES,
+    Reading,
+    put_double,
+    put_head,
+    put_text,
+    sort_descending,
+)
 from profile_service.domain.features.base import (
     ATTRIBUTE,
     HALF_LIFE,
+    HALF_LIFE_NS,
     OWN,
     ROUNDED_BITS,
     WEIGHTS,
@@ -35,7 +46,6 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
@@ -63,7 +73,15 @@ class TopKOptions(KindOptions):
     convertible: ClassVar[frozenset[str]] = frozenset({"k"})
 
 
-TOTAL, COUNTERS, IDS, K, LANDMARK = range(OWN, OWN + 5)
+TOTAL, COUNTERS, IDS, K, LANDMARK, LISTED = range(OWN, OWN + 6)
+
+_FIELD = profile_pb2.Feature.TOP_K_FIELD_NUMBER
+_WEIGHT = profile_pb2.TopK.WEIGHT_FIELD_NUMBER
+_ENTRIES = profile_pb2.TopK.ENTRIES_FIELD_NUMBER
+_VALUE = profile_pb2.TopK.Entry.VALUE_FIELD_NUMBER
+_ENTRY_WEIGHT = profile_pb2.TopK.Entry.WEIGHT_FIELD_NUMBER
+_ERROR = profile_pb2.TopK.Entry.ERROR_FIELD_NUMBER
+_SHARE = profile_pb2.TopK.Entry.SHARE_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -152,6 +170,35 @@ def _lightest(f4: Weights, row: int, counters: int, k: int) -> int:
     return 0
 
 
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a TopK before `at`; returns where it begins, or `NO_ROOM`."""
+    f4, u4 = views.f4, views.u4
+    counters, ids, k = entry(operation, COUNTERS), entry(operation, IDS), entry(operation, K)
+    total = views.f8[row, entry(operation, TOTAL)]
+    scale = read_scale(views.i8[row, entry(operation, LANDMARK)], reading.read_ns, operation[HALF_LIFE_NS])
+    keys, held = reading.keys, 0
+    for place in range(k):
+        is_held = u4[row, ids + place] != 0
+        keys[place] = f4[row, counters + place] if is_held else -np.inf
+        held += is_held
+    sort_descending(keys, k, reading.order, reading.beside)
+    end = at
+    for n in range(min(held, entry(operation, LISTED)) - 1, -1, -1):
+        place, last = reading.order[n], at
+        at = put_double(out, at, _SHARE, keys[place] / total if total > 0.0 else 0.0)
+        at = put_double(out, at, _ERROR, f4[row, counters + k + place] * scale)
+        at = put_double(out, at, _ENTRY_WEIGHT, keys[place] * scale)
+        at = put_text(out, at, _VALUE, reading, u4[row, ids + place])
+        if at == NO_ROOM:
+            return NO_ROOM
+        at = put_head(out, at, _ENTRIES, last)
+    at = put_double(out, at, _WEIGHT, total * scale)
+    return put_head(out, at, _FIELD, end)
+
+
 class TopKFeature(Feature):
     """The total; k weights, then k errors; k interned ids, filled from the front.
 
@@ -177,7 +224,7 @@ class TopKFeature(Feature):
 
     def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
         slots = [starts.f8 + self.total, starts.f4 + self.counters, starts.u4 + self.ids]
-        return [*slots, self.k, starts.i8 + self.landmark]
+        return [*slots, self.k, starts.i8 + self.landmark, self.listed]
 
     def _entries(self, views: RowViews, row: int) -> dict[int, tuple[float, float]]:
         """Interned id → stored weight and error."""
@@ -233,20 +280,8 @@ class TopKFeature(Feature):
             target.f4[:, self.counters + count : self.counters + self.k] = unlisted
             target.f4[:, self.counters + self.k + count : self.counters + 2 * self.k] = unlisted
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        answer = message.top_k
-        answer.SetInParent()
-        scale = read_scale(int(views.i8[row, self.landmark]), context.read_ns, self.half_life_ns)
-        total = float(views.f8[row, self.total])
-        answer.weight = total * scale
-        entries = sorted(self._entries(views, row).items(), key=lambda item: -item[1][0])
-        for value, (weight, error) in entries[: self.listed]:
-            answer.entries.add(
-                value=context.text_of(value),
-                weight=weight * scale,
-                error=error * scale,
-                share=weight / total if total > 0 else 0.0,
-            )
+    def answer_bytes(self) -> int:
+        return HEAD_BYTES + NUMBER_BYTES + self.listed * (2 * HEAD_BYTES + 3 * NUMBER_BYTES)
 
 
 def _unlisted(weights: Weights, errors: Weights, total: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from pydantic import model_validator
 
 from profile_service.domain.decay import NO_LANDMARK, NS
 from profile_service.domain.duration import Duration
+from profile_service.domain.encoding import HEAD_BYTES, NUMBER_BYTES, Reading, put_head, put_int
 from profile_service.domain.features.base import (
     OWN,
     WEIGHTS,
@@ -22,14 +23,13 @@ from profile_service.domain.features.base import (
     FeatureInput,
     FeatureKind,
     KindOptions,
-    ReadContext,
     RowViews,
     SlotAllocator,
     SlotStarts,
     Tables,
     entry,
 )
-from profile_service.domain.kernel import inlined_kernel
+from profile_service.domain.kernel import inlined_kernel, to_i64
 from userprofile.v1 import profile_pb2
 
 FUTURE_S = 300.0
@@ -51,7 +51,10 @@ class WindowCountOptions(KindOptions):
         return self
 
 
-RING, LENGTH, HEAD, BUCKET_NS = range(OWN, OWN + 4)
+RING, LENGTH, HEAD, BUCKET_NS, BUCKETS = range(OWN, OWN + 5)
+
+_FIELD = profile_pb2.Feature.WINDOW_COUNT_FIELD_NUMBER
+_VALUE = profile_pb2.WindowCount.VALUE_FIELD_NUMBER
 
 
 @inlined_kernel
@@ -85,6 +88,20 @@ def update(
         u4[row, ring + bucket % length] += np.uint32(1)
 
 
+@inlined_kernel
+def encode(
+    views: RowViews, row: int, operation: NDArray[np.int64], reading: Reading, out: NDArray[np.uint8], at: int
+) -> int:
+    """Writes a WindowCount before `at`; returns where it begins."""
+    ring, length = entry(operation, RING), entry(operation, LENGTH)
+    last, newest, count = reading.read_ns // operation[BUCKET_NS], views.i8[row, entry(operation, HEAD)], 0
+    if newest != NO_LANDMARK:
+        first = max(last - operation[BUCKETS] + 1, newest - length + 1)
+        for bucket in range(first, min(last, newest) + 1):
+            count += to_i64(views.u4[row, ring + bucket % length])
+    return put_head(out, put_int(out, at, _VALUE, count), _FIELD, at)
+
+
 class WindowCountFeature(Feature):
     """A ring of counts and the number of its newest bucket."""
 
@@ -99,7 +116,7 @@ class WindowCountFeature(Feature):
         self.head = slots.take("i8", initial=NO_LANDMARK)
 
     def operation(self, starts: SlotStarts, constants: Constants) -> list[int]:
-        return [starts.u4 + self.ring, self.length, starts.i8 + self.head, self.bucket_ns]
+        return [starts.u4 + self.ring, self.length, starts.i8 + self.head, self.bucket_ns, self.window_buckets]
 
     def _count_of(self, views: RowViews, row: int, bucket: int) -> int:
         newest = int(views.i8[row, self.head])
@@ -119,16 +136,9 @@ class WindowCountFeature(Feature):
             target.u4[row, self.ring + bucket % self.length] = count
         target.i8[row, self.head] = newest
 
-    def finalize(self, views: RowViews, row: int, context: ReadContext, message: profile_pb2.Feature) -> None:
-        last = context.read_ns // self.bucket_ns
-        newest = int(views.i8[row, self.head])
-        first = last - self.window_buckets + 1
-        count = 0
-        if newest != NO_LANDMARK:
-            for bucket in range(max(first, newest - self.length + 1), min(last, newest) + 1):
-                count += int(views.u4[row, self.ring + bucket % self.length])
-        message.window_count.SetInParent()
-        message.window_count.value = count
+    def answer_bytes(self) -> int:
+        # An int64 takes a byte more than a double.
+        return HEAD_BYTES + NUMBER_BYTES + 2
 
 
 class WindowCount(FeatureKind):

@@ -43,7 +43,7 @@ from profile_service.frontends.rest.openapi import build_document
 from profile_service.frontends.rest.query import fill_from_query, refuse_query
 from profile_service.frontends.rest.routing import Match, Router, WrongMethod, no_such_path
 from profile_service.frontends.rest.watch import stream_response
-from profile_service.frontends.status import grpc_code
+from profile_service.rpc.status import grpc_code
 from userprofile.v1.event_service_pb2 import IngestEventsResponse
 
 LARGE_BODY_BYTES = 64 * 1024

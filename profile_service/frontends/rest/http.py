@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from profile_service import errors
-from profile_service.frontends import status
+from profile_service.rpc import status
 
 JSON = "application/json"
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any
@@ -23,6 +24,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from grpc import aio
 from grpc_status import rpc_status
 
 from profile_service import errors
@@ -144,6 +146,12 @@ def to_grpc(error: BaseException) -> grpc.Status:
 def trailing_metadata(status: Status) -> tuple[tuple[str, str | bytes], ...]:
     """What carries a status over gRPC: `context.abort(code, status.message, trailing_metadata(status))`."""
     return rpc_status.to_status(status).trailing_metadata
+
+
+async def abort(context: aio.ServicerContext[bytes, bytes], error: BaseException) -> NoReturn:
+    """Ends a call with what its caller is told of an error."""
+    status = to_status(error)
+    await context.abort(_BY_NUMBER[status.code], status.message, trailing_metadata(status))
 
 
 def _message(error: BaseException, row: Row) -> str:
