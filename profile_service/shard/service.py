@@ -350,7 +350,8 @@ class _Exchange(Generic[Answer]):
         self._window = window
         self._held = 0
         self._ready: list[Answer] = []
-        self._running: set[asyncio.Task[Answer]] = set()
+        # In their order, which a set would lose.
+        self._running: dict[asyncio.Task[Answer], None] = {}
         self._changed = asyncio.Event()
         self._space = asyncio.Event()
         self._failure: BaseException | None = None
@@ -359,11 +360,11 @@ class _Exchange(Generic[Answer]):
         """Starts the work on one request; its weight counts until the answer is on its way."""
         self._held += weight
         task = asyncio.create_task(work)
-        self._running.add(task)
+        self._running[task] = None
         task.add_done_callback(functools.partial(self._finish, weight))
 
     def _finish(self, weight: int, task: asyncio.Task[Answer]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
         self._held -= weight
         if not task.cancelled():
             if (error := task.exception()) is not None:

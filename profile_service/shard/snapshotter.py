@@ -9,9 +9,10 @@ block that a step copies. A few buffers lie between the steps and the writer, wh
 nothing, and copies nothing while the buffers are full.
 
 The writer shares a disk with the log, whose syncs everybody waits for. So it syncs as often as makes each sync short,
-whatever the disk: what is not synced is never more than a few milliseconds of writing. And it rests as long as it
-works, so that half of the disk's time is left. The old snapshot goes in small pieces: the space of a whole one, given
-back at once, keeps a file system from syncing anything for tenths of a second.
+whatever the disk: what is not synced is never more than a few milliseconds of writing. And it rests longer than it
+works, so that most of the disk's time is left; but less so when the log grows faster than the snapshot. The old
+snapshot goes in small pieces: the space of a whole one, given back at once, keeps a file system from syncing anything
+for tenths of a second.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore, Snapsh
 BUFFERS = 4
 """Blocks that are copied and not yet written."""
 
-SYNC_S = 0.004
+SYNC_S = 0.002
 """How long writing and syncing a stretch of a snapshot should take: what a sync of the log may have to wait for."""
 LEAST_SYNC_BYTES, MOST_SYNC_BYTES = 256 << 10, 8 << 20
 """Bounds of such a stretch."""
 
-REST_SHARE = 1.0
-"""How long the writer rests after a stretch, in shares of the time that it took."""
+REST_SHARE, HURRIED_REST_SHARE = 3.0, 1.0
+"""How long the writer rests after a stretch, in shares of the time that it took: usually, and once so much was logged
+since the snapshot's beginning that the next one is due."""
 
 DISCARD_BYTES = 8 << 20
 """How much of an old snapshot is given back at once."""
@@ -241,7 +243,8 @@ class Snapshotter:
             is_stretch = pace.wrote(len(filled.payload))
             if is_stretch:
                 await writer.sync()
-            rest_s = pace.end(synced=is_stretch)
+            hurries = self._log.position - running.position >= self._log_bytes
+            rest_s = pace.end(HURRIED_REST_SHARE if hurries else REST_SHARE, synced=is_stretch)
             if rest_s > 0 and not self._closed:
                 await asyncio.sleep(rest_s)
         if not running.is_complete:
@@ -278,7 +281,7 @@ class _Pace:
         self._bytes += size_bytes
         return self._bytes >= self._stretch_bytes
 
-    def end(self, *, synced: bool) -> float:
+    def end(self, rest_share: float, *, synced: bool) -> float:
         """The block is done with; returns for how many seconds to rest."""
         self._taken_s += self._loop.time() - self._begun_s
         if not synced:
@@ -286,7 +289,7 @@ class _Pace:
         # No faster than twofold at a time: one sync that was lucky must not make the next one long.
         fitting = self._bytes * SYNC_S / max(self._taken_s, SYNC_S / 2)
         self._stretch_bytes = int(min(max(fitting, LEAST_SYNC_BYTES), MOST_SYNC_BYTES))
-        rest_s = self._taken_s * REST_SHARE
+        rest_s = self._taken_s * rest_share
         self._bytes, self._taken_s = 0, 0.0
         return rest_s
 

@@ -17,8 +17,10 @@ from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, enco
 from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.snapshotter import (
     BUFFERS,
+    HURRIED_REST_SHARE,
     LEAST_SYNC_BYTES,
     MOST_SYNC_BYTES,
+    REST_SHARE,
     RETRY_S,
     Snapshotter,
     _Pace,
@@ -341,6 +343,34 @@ async def test_closing_abandons_what_is_not_complete(seed: int) -> None:
     await life.end()
 
 
+async def test_it_rests_less_when_the_log_outgrows_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = Random(seed)
+    shares: list[float] = []
+
+    def end(self: _Pace, rest_share: float, *, synced: bool) -> float:
+        shares.append(rest_share)
+        return 0.0
+
+    monkeypatch.setattr(_Pace, "end", end)
+    gate = Gate()
+    life = await Life.begin(CrashingFileSystem(seed), gate=gate, log_bytes=4000)
+    while not life.snapshotter.is_running:
+        await life.go_on(rng, 1)
+    gate.open.set()
+    await life.step_until_idle()
+    assert shares
+    assert set(shares) == {REST_SHARE}
+    shares.clear()
+    gate.open.clear()
+    begun = life.log.position
+    while life.log.position < begun + 12_000:
+        await life.go_on(rng, 1)
+    gate.open.set()
+    await life.step_until_idle()
+    assert shares[0] == HURRIED_REST_SHARE
+    await life.end()
+
+
 async def test_a_stretch_that_syncs_slowly_becomes_shorter() -> None:
     class Time:
         now = 0.0
@@ -358,11 +388,11 @@ async def test_a_stretch_that_syncs_slowly_becomes_shorter() -> None:
             written += 1 << 17
             is_stretch = pace.wrote(1 << 17)
             time.now += (1 << 17) / bytes_per_s
-            rest_s = pace.end(synced=is_stretch)
+            rest_s = pace.end(3.0, synced=is_stretch)
             if is_stretch:
                 break
-        assert rest_s == pytest.approx(written / bytes_per_s)
+        assert rest_s == pytest.approx(3 * written / bytes_per_s)
         stretches.append(written)
-    assert 3 << 20 < stretches[7] <= MOST_SYNC_BYTES
+    assert 3 << 19 < stretches[7] <= MOST_SYNC_BYTES
     assert stretches[-1] == LEAST_SYNC_BYTES
     assert np.diff(stretches[:8]).min() >= 0
