@@ -58,11 +58,10 @@ _READ_TIMEOUT_S = 10.0
 _RECOVERY_TIMEOUT_S = 120.0
 _SNAPSHOT_TIMEOUT_S = 300.0
 _BARE = """
-import sys
+import mmap, sys
 for path, size in zip(sys.argv[1::2], map(int, sys.argv[2::2])):
-    with open(path, "rb") as file:
-        held = memoryview(bytearray(size))
-        assert file.readinto(held) == size
+    with open(path, "rb", buffering=0) as file:
+        assert file.readinto(mmap.mmap(-1, size)) == size
 """
 """Run with pairs of a path and how much to read of it."""
 _NEVER = ("--snapshot-log-bytes", str(1 << 50), "--snapshot-interval-s", "1e9")
@@ -181,7 +180,7 @@ def _read_bare(directory: Path, log_bytes: int) -> float:
     for segment in sorted(directory.glob("shard-0/log/*"), reverse=True):
         sizes[str(segment)] = min(segment.stat().st_size, log_bytes)
         log_bytes -= sizes[str(segment)]
-    arguments = [str(one) for pair in sizes.items() for one in pair]
+    arguments = [str(one) for path, size in sizes.items() if size for one in (path, size)]
     begun_at = time.perf_counter()
     subprocess.run([sys.executable, "-I", "-S", "-c", _BARE, *arguments], check=True)
     return time.perf_counter() - begun_at
