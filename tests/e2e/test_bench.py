@@ -64,6 +64,26 @@ def test_recovery_says_its_phases(tmp_path: Path) -> None:
     assert result["page_cache"] == "warm"
 
 
+def test_reads_are_measured_beside_an_echo_and_a_peer(tmp_path: Path) -> None:
+    flags = ("--users", "300", "--history", "2", "--turn-s", "0.2", "--rounds", "2", "--steady-s", "0.5")
+    result = bench("read", tmp_path, *flags)
+    assert result["events"] == 600
+    peer = "peer: FastAPI + Redis"
+    assert list(result["targets"]) == ["bare echo", "owner", "frontend", "frontend, REST", peer]
+    for figures in result["targets"].values():
+        assert figures["reads_per_second"] > 0
+        assert figures["latency_ms"] > 0
+        assert len(figures["rounds"]) == 2
+    for ratio in ("direct_latency", "direct_cpu", "direct_rate", "frontend_rate", "frontend_latency"):
+        assert result[f"{ratio}_ratio_to_echo"] > 0
+    assert result["rest_rate_ratio_to_fastapi_redis"] > 0
+    assert set(result["steady"]) == {*result["targets"], "frontend, 100 profiles", "owner, 100 profiles"}
+    for figures in result["steady"].values():
+        assert 0 < figures["p50_ms"] <= figures["p99_ms"] <= figures["p99.9_ms"] <= figures["max_ms"]
+    assert result["json_bytes"] > result["profile_bytes"] > 1000
+    assert len(result["costs"]) == 5
+
+
 def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     flags = ("--users", "500", "--rate", "5000", "--batch", "50", "--quiet-s", "1", "--rounds", "2")
     result = bench("snapshot", tmp_path, *flags)
