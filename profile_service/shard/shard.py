@@ -179,6 +179,7 @@ class Shard:
         self._lacking_bytes = 0
         """What the disk had no room for, when it is full: less may fit, and is taken."""
         snapshotter.on_ready(self._wake.set)
+        log.on_failure(self._wake.set)
 
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
@@ -222,6 +223,8 @@ class Shard:
         """
         try:
             while not self._closed or self._queue:
+                # It may have died beside the groups, of a sync that `interval` makes later: nobody else would say so.
+                self._log.check()
                 if self._queue:
                     group = list(self._queue)
                     self._queue.clear()

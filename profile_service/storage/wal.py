@@ -232,6 +232,7 @@ class WriteAheadLog:
         self._timer: asyncio.TimerHandle | None = None
         self._failure: BaseException | None = None
         self._told = False  # somebody was told of the failure
+        self._on_failure: Callable[[], None] = lambda: None
         self._closed = False
 
     # --- opening ---
@@ -453,7 +454,7 @@ class WriteAheadLog:
             DiskFull: there is no room. Nothing has changed; trying again is all that is needed once there is.
             OSError: the log is dead.
         """
-        self._check()
+        self.check()
         need = payload_bytes + records * MAX_OVERHEAD_BYTES
         # A record that does not fit here goes to the next segment, with all that follow: that one needs room for all.
         size_bytes = -(-(SEGMENT_HEADER_BYTES + need) // _GRAIN_BYTES) * _GRAIN_BYTES
@@ -467,7 +468,7 @@ class WriteAheadLog:
                 break
             else:
                 await self._do(partial(self._prepare_step, self._next))
-            self._check()
+            self.check()
 
     def append(self, record_type: int, payload: Sequence[Buffer]) -> int:
         """Adds a record to what the next `sync` writes; returns its position. There must be room (`reserve`).
@@ -480,7 +481,7 @@ class WriteAheadLog:
         return self._append(record_type, payload)
 
     def _append(self, record_type: int, payload: Sequence[Buffer]) -> int:
-        self._check()
+        self.check()
         length = sum(map(len, payload))
         if length > MAX_PAYLOAD_BYTES:
             raise ValueError(f"a record holds at most {MAX_PAYLOAD_BYTES} bytes, this one has {length}")
@@ -509,12 +510,12 @@ class WriteAheadLog:
             OSError: a write or a sync failed; the log is dead, and what was appended since the last sync may or may not
                 be found when it is opened anew.
         """
-        self._check()
+        self.check()
         end = self._position
         always = self._options.sync_mode == "always"
         if (self._durable_position if always else self._written_position) < end:
             await self._do(partial(self._commit, end, durable=always))
-            self._check()
+            self.check()
         if self._room() < self._prepare_below and not self._preparing and (self._next is None or not self._next.ready):
             self._preparing = True
             self._in_background(self._prepare())
@@ -528,10 +529,23 @@ class WriteAheadLog:
         Raises:
             OSError: a write or a sync failed; the log is dead.
         """
-        self._check()
+        self.check()
         if self._durable_position < self._position:
             await self._do(partial(self._commit, self._position, durable=True))
-            self._check()
+            self.check()
+
+    def on_failure(self, failed: Callable[[], None]) -> None:
+        """`failed` is called when the log has died in the background, where no caller hears of it; `check` says why."""
+        self._on_failure = failed
+
+    def check(self) -> None:
+        """Raises OSError where the log is dead."""
+        assert not self._closed, "the log is closed"
+        if self._failure is not None:
+            self._told = True
+            raise OSError(
+                errno.EIO, f"the log in {self._directory} failed before ({self._failure!r})"
+            ) from self._failure
 
     async def trim(self, position: int) -> None:
         """Removes the segments that hold nothing from `position` on; never the one in use.
@@ -539,13 +553,13 @@ class WriteAheadLog:
         Raises:
             OSError: the log is dead.
         """
-        self._check()
+        self.check()
         while len(self._segments) > 1 and self._segments[1].first <= position:
             # A segment that still waits to be written is not part of the log yet, and neither can the one before it go.
             if self._segments[1].temporary is not None:
                 break
             await self._do(self._remove_first)
-            self._check()
+            self.check()
 
     async def close(self) -> None:
         """Writes and syncs everything appended, whatever the mode, and releases the files. Closing twice does nothing.
@@ -560,7 +574,7 @@ class WriteAheadLog:
             self._timer = None
         try:
             if not self._told:
-                self._check()
+                self.check()
                 await self._do(partial(self._commit, self._position, durable=True))
                 # With a mark at its end every record of a log that was closed is known to be on the disk.
                 if self._marked_position < self._position and self._room() >= record_bytes(0):
@@ -576,14 +590,6 @@ class WriteAheadLog:
         except BaseException:
             self._told = self._failure is not None
             raise
-
-    def _check(self) -> None:
-        assert not self._closed, "the log is closed"
-        if self._failure is not None:
-            self._told = True
-            raise OSError(
-                errno.EIO, f"the log in {self._directory} failed before ({self._failure!r})"
-            ) from self._failure
 
     def _room(self) -> int:
         """Bytes of records that the segment in use still has room for."""
@@ -621,6 +627,8 @@ class WriteAheadLog:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whatever it is, the log has noted it and the next call says it
+        if self._failure is not None:
+            self._on_failure()
 
     async def _prepare(self) -> None:
         """Makes the next segment ready, step by step, so that groups are written in between."""

@@ -66,7 +66,7 @@ async def recovered(
     capacity: Capacity | None = None,
     reset_features: Sequence[str] = (),
     partition_bits: int = 8,
-    segment_bytes: int = 1 << 16,
+    options: LogOptions = LogOptions(1 << 16),  # noqa: B008  # frozen
     directory: Path = DIRECTORY,
     identity: bytes = IDENTITY,
 ) -> Recovered:
@@ -82,7 +82,7 @@ async def recovered(
         reset_features=reset_features,
         partition_bits=partition_bits,
         capacity=capacity,
-        options=LogOptions(segment_bytes),
+        options=options,
         run=run,
         run_snapshots=run,
         new_state=lambda schema: ShardState(

@@ -15,6 +15,7 @@ from profile_service.shard.health import Health
 from profile_service.shard.log_records import RECORD_EVENTS, RECORD_FORGET, RECORD_SCHEMA
 from profile_service.shard.shard import Shard
 from profile_service.storage.crashing_fs import CrashingFileSystem
+from profile_service.storage.wal import LogOptions
 from profile_service.wire.apply_request import ApplyPart, decode_part
 from tests.shard import shards
 from tests.shard.shards import NOW_NS, Clock, Gate
@@ -101,6 +102,22 @@ async def test_a_failed_sync_ends_the_shard_and_answers_everyone() -> None:
         assert read(shard, "u1") is None
         with pytest.raises(Unavailable):
             await shard.submit([part(["u3"])], 100, 7)
+
+
+async def test_a_sync_that_fails_when_nobody_waits_for_it_ends_the_shard() -> None:
+    """With `interval` it comes after the answer; an idle shard has no later group by which to hear of it."""
+    fs = CrashingFileSystem()
+    options = LogOptions(1 << 16, sync_mode="interval", sync_interval_s=0.001)
+    shard = shards.make_shard(await shards.recovered(fs, SCHEMA, options=options))
+    writer = asyncio.create_task(shard.run())
+    fs.fail_once("sync")
+    await shard.submit([part(["u1"])], 100, 7)
+    ended, _ = await asyncio.wait([writer], timeout=10)
+    assert ended, "the shard goes on"
+    with pytest.raises(OSError, match="injected"):
+        await writer
+    with pytest.raises(Unavailable):
+        await shard.submit([part(["u2"])], 100, 7)
 
 
 async def test_a_batch_sent_again_is_counted_once() -> None:
