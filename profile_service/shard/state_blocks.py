@@ -13,7 +13,8 @@
 
 Rows hold numbers of texts. Texts are copied last, and until then they are only added: so whatever a row refers to is
 there. Before they are copied those go that nothing refers to any more. A text keeps its number. The layout is there so
-that a version which would lay out the same schema otherwise does not take one number for another.
+that a version which lays out the same schema otherwise does not take one number for another: it brings the rows into
+its own layout where an earlier version is known to have laid them out so (`shard.old_layouts`), and refuses them else.
 
 What a salvage brings may lack any block but the first two: a text that is gone is then called lost, and the others are
 as if they had never been.
@@ -44,6 +45,7 @@ from numpy.typing import DTypeLike, NDArray
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss
+from profile_service.shard.old_layouts import OldLayout, describe
 from profile_service.storage.snapshot import SALVAGED, Block
 
 if TYPE_CHECKING:
@@ -263,6 +265,8 @@ class _Loading:
         self._salvaged = salvaged
         self._rows = 0
         self._texts = 0
+        self._old: OldLayout | None = None
+        """Of the rows, where an earlier version wrote them otherwise than this one does."""
         self._ways: dict[int, Callable[[memoryview], None]] = {
             LAYOUT: self._take_layout,
             COUNTERS: self._take_counters,
@@ -305,8 +309,15 @@ class _Loading:
             texts.load_numbered(number, np.array([len(lost)], np.int32), np.frombuffer(lost, np.uint8))
 
     def _take_layout(self, payload: memoryview) -> None:
-        if bytes(payload) != _describe(self._state.table):
-            raise ValueError("the version that wrote it laid out rows otherwise than this one does")
+        table = self._state.table
+        if bytes(payload) == _describe(table):
+            return
+        try:
+            self._old = OldLayout.parse(bytes(payload), table.layout, table.population.layout)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the version that wrote it laid out rows otherwise than this one does: {error}"
+            ) from error
 
     def _take_counters(self, payload: memoryview) -> None:
         state = self._state
@@ -315,14 +326,18 @@ class _Loading:
         state.table.texts.make_room(min(texts, state.table.texts.capacity), 0)
 
     def _take_population(self, payload: memoryview) -> None:
-        self._state.table.population.load(payload)
+        population = self._state.table.population
+        population.load(payload if self._old is None else self._old.population_bytes(payload))
 
     def _take_rows(self, payload: memoryview, stamp: int) -> None:
         reader = _Reader(payload)
         row_bytes = self._state.table.layout.row_bytes
-        if reader.width != row_bytes:
-            raise ValueError(f"its rows have {reader.width} bytes, those of the schema have {row_bytes}")
-        rows = reader.take(reader.count * row_bytes, np.uint8).reshape(reader.count, row_bytes)
+        written = row_bytes if self._old is None else self._old.users.row_bytes
+        if reader.width != written:
+            raise ValueError(f"its rows have {reader.width} bytes, those of the schema have {written}")
+        rows = reader.take(reader.count * written, np.uint8).reshape(reader.count, written)
+        if self._old is not None:
+            rows = self._old.users.convert(rows, row_bytes)
         lengths = reader.take(reader.count, np.int32)
         numbers = self._state.table.load_rows(lengths, reader.take(reader.size, np.uint8, last=True), rows)
         self._state.stamp_rows(numbers, stamp)
@@ -371,11 +386,5 @@ def _aligned(size: int) -> int:
 
 def _describe(table: ProfileTable) -> bytes:
     """Where everything is in a row of a user, and in the population's."""
-    layouts = {
-        name: {
-            "slots": layout.counts,
-            "features": {feature.name: owned for feature, owned in zip(layout.features, layout.slots, strict=True)},
-        }
-        for name, layout in (("users", table.layout), ("population", table.population.layout))
-    }
+    layouts = {"users": describe(table.layout), "population": describe(table.population.layout)}
     return json.dumps(layouts).encode()

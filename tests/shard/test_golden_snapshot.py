@@ -1,7 +1,10 @@
-"""A snapshot of the first format, with every kind of feature and of block, must load for ever.
+"""A snapshot of each format that ever was, with every kind of feature and of block, must load for ever.
 
-`tests/storage/golden/snapshot-v1` was written by `python -m tests.shard.test_golden_snapshot DIRECTORY`. A change of
-the format gets a directory of its own beside it, and this one stays.
+    snapshot-v1           the first
+    snapshot-v1-rows-v2   rows without the byte behind the registers of a `distinct`
+
+A change of the format, or of what rows look like, gets a directory of its own beside them, and these stay: what
+`python -m tests.shard.test_golden_snapshot DIRECTORY` writes is what the first one holds, as this version would say it.
 """
 
 from __future__ import annotations
@@ -11,10 +14,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 from google.protobuf.json_format import MessageToDict
 
 from profile_service.domain.features import KINDS
@@ -24,11 +27,13 @@ from profile_service.shard.state import ShardState
 from profile_service.storage.fs import RealFileSystem
 from profile_service.storage.snapshot import SnapshotStore
 from tests.domain.test_profile_table import NOW_NS
-from tests.shard.test_state import PARTITIONS, Batch, Straight, draw_batch, new_state
+from tests.shard.test_state import PARTITIONS, new_state
 from userprofile.v1 import profile_pb2
 
 T = TypeVar("T")
-GOLDEN = Path(__file__).parents[1] / "storage" / "golden" / "snapshot-v1"
+DIRECTORY = Path(__file__).parents[1] / "storage" / "golden"
+EARLIER = [DIRECTORY / "snapshot-v1"]
+GOLDEN = DIRECTORY / "snapshot-v1-rows-v2"
 SNAPSHOT = "0000000001.snapshot"
 PROFILES = "profiles.json"
 IDENTITY = b"golden snapshot."
@@ -59,17 +64,6 @@ async def inline(work: Callable[[], T]) -> T:
 
 def store(directory: Path) -> SnapshotStore:
     return SnapshotStore(RealFileSystem(), directory, IDENTITY, inline)
-
-
-def golden_state() -> ShardState:
-    rng = Random(20261122)
-    straight = Straight(SCHEMA, new_state(SCHEMA))
-    for sequence in range(40):
-        batch = draw_batch(SCHEMA, rng)
-        event_ids = batch.event_ids or [f"golden-{sequence}-{n}" for n in range(len(batch.events))]
-        straight.commit(Batch(batch.events, event_ids, batch.producer_id, sequence + 1))
-    straight.forget(["u3", "u5"])
-    return straight.state
 
 
 async def write(state: ShardState, directory: Path) -> None:
@@ -112,19 +106,28 @@ def _answer(state: ShardState, producer_id: str, sequence: int, partitions: np.n
     return partitions.tolist() if fresh is None else np.flatnonzero(fresh).tolist()
 
 
-def load() -> ShardState:
-    (info,) = store(GOLDEN).list()
+def load(golden: Path = GOLDEN) -> ShardState:
+    (info,) = store(golden).list()
     assert (info.damage, info.replay_position, info.created_ns) == ("", 4096, NOW_NS)
-    state = ShardState.load(store(GOLDEN).blocks(info), new_state)
+    state = ShardState.load(store(golden).blocks(info), new_state)
     state.finish_replay()
     return state
 
 
-def test_the_golden_snapshot_loads() -> None:
-    state = load()
+@pytest.mark.parametrize("golden", [*EARLIER, GOLDEN], ids=lambda golden: golden.name)
+def test_golden_snapshots_load(golden: Path) -> None:
+    state = load(golden)
     state.check_invariants()
     assert state.schema.fingerprint == SCHEMA.fingerprint
-    assert readable(state) == json.loads((GOLDEN / PROFILES).read_text())
+    assert readable(state) == json.loads((golden / PROFILES).read_text())
+
+
+@pytest.mark.parametrize("golden", EARLIER, ids=lambda golden: golden.name)
+async def test_what_an_earlier_version_wrote_becomes_what_this_one_writes(golden: Path, tmp_path: Path) -> None:
+    assert (golden / SNAPSHOT).read_bytes() != (GOLDEN / SNAPSHOT).read_bytes()
+    await write(load(golden), tmp_path)
+    for name in (SNAPSHOT, PROFILES):
+        assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
 
 
 async def test_this_version_writes_the_same(tmp_path: Path) -> None:
@@ -141,4 +144,4 @@ def test_every_kind_of_feature_and_of_block_is_in_it() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(write(golden_state(), Path(sys.argv[1])))
+    asyncio.run(write(load(EARLIER[0]), Path(sys.argv[1])))

@@ -29,7 +29,7 @@ from profile_service.domain.features.base import (
     Tables,
     entry,
 )
-from profile_service.domain.kernel import inlined_kernel, kernel, leading_zeros, leaf_kernel
+from profile_service.domain.kernel import inlined_kernel, kernel, leading_zeros, leaf_kernel, to_i64
 from userprofile.v1 import profile_pb2
 
 
@@ -47,12 +47,19 @@ _ESTIMATE = profile_pb2.Distinct.ESTIMATE_FIELD_NUMBER
 
 
 @inlined_kernel
+def _bytes(precision: int) -> int:
+    """Of all registers: every four of them take three bytes, the last of which no other register has a share in."""
+    return to_i64((6 << precision) >> 3)
+
+
+@inlined_kernel
 def update(
     views: RowViews, operation: NDArray[np.int64], tables: Tables, events: Events, rows: NDArray[np.int64]
 ) -> None:
     """Raises the register of each event's value to its rank."""
     u1 = views.u1
     registers, precision = entry(operation, REGISTERS), entry(operation, PRECISION)
+    end = registers + _bytes(precision)
     weight = tables.reals[operation[WEIGHTS] :]
     lengths = events.text_lengths[operation[ATTRIBUTE]][events.first :]
     hashes = events.text_hashes[operation[ATTRIBUTE]][events.first :]
@@ -64,12 +71,14 @@ def update(
         rank = 1 + min(leading_zeros(hashes[i] << np.uint64(precision)), 64 - precision)
         bit = 6 * index
         place = registers + (bit >> 3)
+        following = min(place + 1, end - 1)
         shift = bit & 7
-        pair = np.int64(u1[row, place]) | (np.int64(u1[row, place + 1]) << 8)
+        pair = np.int64(u1[row, place]) | (np.int64(u1[row, following]) << 8)
         if rank > (pair >> shift) & 63:
             pair = (pair & ~(63 << shift)) | (rank << shift)
+            # In this order: of the last register, which lies in the last byte alone, both are one.
+            u1[row, following] = np.uint8(pair >> 8)
             u1[row, place] = np.uint8(pair & 255)
-            u1[row, place + 1] = np.uint8(pair >> 8)
 
 
 @kernel
@@ -77,7 +86,8 @@ def _unpack(packed: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
     registers = np.empty(count, dtype=np.uint8)
     for index in range(count):
         bit = 6 * index
-        pair = np.int64(packed[bit >> 3]) | (np.int64(packed[(bit >> 3) + 1]) << 8)
+        following = min((bit >> 3) + 1, len(packed) - 1)
+        pair = np.int64(packed[bit >> 3]) | (np.int64(packed[following]) << 8)
         registers[index] = (pair >> (bit & 7)) & 63
     return registers
 
@@ -89,7 +99,8 @@ def _pack(registers: NDArray[np.uint8], packed: NDArray[np.uint8]) -> None:
         bit = 6 * index
         pair = np.int64(registers[index]) << (bit & 7)
         packed[bit >> 3] |= np.uint8(pair & 255)
-        packed[(bit >> 3) + 1] |= np.uint8(pair >> 8)
+        # The last register has no bits there.
+        packed[min((bit >> 3) + 1, len(packed) - 1)] |= np.uint8(pair >> 8)
 
 
 @inlined_kernel
@@ -138,24 +149,25 @@ def encode(
 ) -> int:
     """Writes a Distinct before `at`; returns where it begins."""
     precision, registers = operation[PRECISION], entry(operation, REGISTERS)
+    end = registers + _bytes(precision)
     counts = reading.order
     counts[: 64 - precision + 2] = 0
     for index in range(1 << precision):
         bit = 6 * index
         place = registers + (bit >> 3)
-        pair = np.int64(views.u1[row, place]) | (np.int64(views.u1[row, place + 1]) << 8)
+        pair = np.int64(views.u1[row, place]) | (np.int64(views.u1[row, min(place + 1, end - 1)]) << 8)
         counts[(pair >> (bit & 7)) & 63] += 1
     return put_head(out, put_double(out, at, _ESTIMATE, estimate(counts, precision)), _FIELD, at)
 
 
 class DistinctFeature(Feature):
-    """2**precision registers of six bits, and a byte that lets the last one be read as a pair."""
+    """2**precision registers of six bits."""
 
     def __init__(self, given: FeatureInput, slots: SlotAllocator) -> None:
         super().__init__(given)
         options: DistinctOptions = given.options
         self.precision = options.precision
-        self.bytes = (6 << self.precision) // 8 + 1
+        self.bytes = (6 << self.precision) // 8
         self.registers = slots.take("u1", self.bytes)
 
     def standard_error(self) -> float:
