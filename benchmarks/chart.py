@@ -1,4 +1,5 @@
-"""Small drawings of figures as SVG: bars, stacked bars, and a curve over time with stretches marked.
+"""Small drawings of figures as SVG: bars, stacked bars, lines from step to step, and a curve over time with stretches
+marked.
 
 Everything is a few rectangles, lines and texts, so they are written as they are; a plotting library would take more
 than a second to import.
@@ -7,7 +8,7 @@ than a second to import.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -15,6 +16,7 @@ WIDTH = 720
 _LEFT, _RIGHT, _TOP, _BOTTOM = 150, 30, 44, 46
 _ROW = 30
 _PLOT_HEIGHT = 220
+_STEPS_HEIGHT = 130
 COLORS = ("#4269d0", "#efb118", "#6cc5b0", "#ff725c", "#9c6b4e", "#a463f2")
 _GRID, _TEXT, _BOUND = "#dddddd", "#333333", "#c0392b"
 
@@ -117,6 +119,30 @@ def curves(
     if spans_are:
         parts += [_box(x, _TOP, 10, 10, "#efe6d2"), _text(x + 14, _TOP + 9, spans_are)]
     return _svg(height, parts)
+
+
+def steps(title: str, at: Sequence[str], series: Mapping[str, Sequence[float]], *, unit: str) -> str:
+    """Lines from step to step, each with a dot and its figure; the steps stand at equal distances."""
+    top, bottom = _TOP + 34, _TOP + 34 + _STEPS_HEIGHT
+    across = [120 + number * (WIDTH - 120 - 60) / max(1, len(at) - 1) for number in range(len(at))]
+    up = _Axis.fit(max(max(values) for values in series.values()), bottom, top)
+    parts = [_title(title), _text(8, _TOP + 9, unit)]
+    for tick in up.ticks():
+        parts.append(_line(64, up.at(tick), WIDTH - _RIGHT, up.at(tick), _GRID))
+        parts.append(_text(58, up.at(tick) + 4, f"{tick:g}", anchor="end"))
+    parts += [_text(x, bottom + 16, label, anchor="middle") for x, label in zip(across, at, strict=True)]
+    x = 64.0 + 6.2 * len(unit)
+    for number, (name, values) in enumerate(series.items()):
+        color = COLORS[number % len(COLORS)]
+        places = [(x, up.at(value), value) for x, value in zip(across, values, strict=True)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.4"/>')
+        for place, y, value in places:
+            parts.append(f'<circle cx="{place:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
+            parts.append(_text(place, y - 7, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", anchor="middle"))
+        parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
+        x += 14 + 6.2 * len(name) + 14
+    return _svg(bottom + 30, parts)
 
 
 def below(upper: str, lower: str) -> str:

@@ -7,6 +7,7 @@ A `Generator` runs functions of this module in its process. Loads stay there; fi
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import time
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,8 +20,12 @@ import uvloop
 from numpy.typing import NDArray
 
 from benchmarks import producing, reading
+from benchmarks.crowd import Crowd
+from benchmarks.kernels import measure_kernels
 from benchmarks.load import Load, build_load
 
+_FILLED_AT_ONCE = 100
+"""Batches of a crowd."""
 _QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 
@@ -80,12 +85,28 @@ class Generator:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
-    def build(self, schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool = False) -> float:
+    def build(
+        self,
+        schema: str,
+        events: int,
+        users: int,
+        batch: int,
+        seed: int,
+        *,
+        every_user: bool = False,
+        first_user: int = 0,
+    ) -> float:
         """Makes a load, and returns how many bytes an event has."""
-        return self._pool.submit(_build, schema, events, users, batch, seed, every_user=every_user).result()
+        return self._pool.submit(
+            _build, schema, events, users, batch, seed, every_user=every_user, first_user=first_user
+        ).result()
+
+    def fill(self, address: str, schema: str, start: int, stop: int, batch: int, seed: int) -> None:
+        """Sends an event of each of a crowd's users, over two streams, as fast as they are acknowledged."""
+        self._pool.submit(_fill, address, schema, start, stop, batch, seed).result()
 
     def measure_kernels(self) -> dict[str, float]:
-        """What the kernels alone cost for the load, as `Load.measure_kernels` says."""
+        """What the kernels alone cost for the load, as `kernels.measure_kernels` says."""
         return self._pool.submit(_measure_kernels).result()
 
     def renew(self, round_number: int) -> None:
@@ -121,17 +142,23 @@ _load: Load
 _round: Load
 
 
-def _build(schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool) -> float:
+def _build(schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool, first_user: int) -> float:
     global _load, _round  # noqa: PLW0603  the process is for this
-    _load = _round = build_load(schema, events, users, batch, seed, every_user=every_user)
+    _load = _round = build_load(schema, events, users, batch, seed, every_user=every_user, first_user=first_user)
     # A collection of this process's garbage is no wait of the service's.
     gc.collect()
     gc.freeze()
     return sum(map(len, _load.batches)) / _load.events
 
 
+def _fill(address: str, schema: str, start: int, stop: int, batch: int, seed: int) -> None:
+    bodies = Crowd(schema, batch, seed).batches(start, stop)
+    while chunk := list(itertools.islice(bodies, _FILLED_AT_ONCE)):
+        uvloop.run(producing.send(address, producing.STREAM, Load(schema, chunk, len(chunk) * batch, batch), 2, 8))
+
+
 def _measure_kernels() -> dict[str, float]:
-    return _load.measure_kernels()
+    return measure_kernels(_load.schema, _load.batches)
 
 
 def _renew(round_number: int) -> None:

@@ -14,22 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.views import draw_views, id_prefix
-from profile_service.config import Limits
-from profile_service.domain.schema import load_schema
-from profile_service.domain.table import ProfileTable
 from profile_service.files.encode import EncodedEvents
 from profile_service.sample import bundled_listings, generate_events, serialize_events
-from profile_service.shard.shard import SLICE_EVENTS
-from profile_service.wire.decode import decode_events
-from profile_service.wire.gather import gather
-from profile_service.wire.plan import WirePlan
-from profile_service.wire.scan import scan_batch
 
 PREFERENCES, MARKETPLACE = "preferences", "marketplace"
 SCHEMAS = {PREFERENCES: str(Path(__file__).with_name("preferences.yaml")), MARKETPLACE: "marketplace"}
 """What `serve --schema` and `load_schema` take, by the name of the load."""
 
-_KERNEL_BATCHES = 50
 _DRAWN_USERS = 100_000
 """Shoppers that are drawn with tastes where the events are given to others anyway."""
 
@@ -63,54 +54,35 @@ class Load:
         """The same events with the ids of that round."""
         return replace(self, batches=[self.batch(number, round_number) for number in range(len(self.batches))])
 
-    def measure_kernels(self) -> dict[str, float]:
-        """What the kernels alone cost, in µs of CPU time an event: the median batch, in a table warmed by the batches
-        before."""
-        schema = load_schema(SCHEMAS[self.schema])
-        plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
-        table = ProfileTable(schema)
-        now_ns = time.time_ns()
-        samples: dict[str, list[float]] = {"scan": [], "gather": [], "decode": [], "apply": []}
-        for batch in self.batches[: 2 * _KERNEL_BATCHES]:
-            marks = [time.thread_time()]
-            scanned = scan_batch(batch, plan, Limits(), now_ns)
-            marks.append(time.thread_time())
-            events = gather(scanned.buffer, scanned.offset, scanned.length, np.arange(scanned.count))
-            marks.append(time.thread_time())
-            columns = decode_events(events, plan, now_ns)
-            marks.append(time.thread_time())
-            table.has_room(columns.count, len(events))
-            for start in range(0, columns.count, SLICE_EVENTS):
-                table.apply(columns, start, min(start + SLICE_EVENTS, columns.count), now_ns)
-            marks.append(time.thread_time())
-            for name, before, after in zip(samples, marks, marks[1:], strict=False):
-                samples[name].append((after - before) / max(1, columns.count) * 1e6)
-        half = len(samples["scan"]) // 2
-        return {name: float(np.median(costs[half:])) for name, costs in samples.items()}
 
-
-def build_load(schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool = False) -> Load:
-    """`events` events by `users` users, `batch` to a batch; the newest is an hour old. User `i` is `shopper_id(i)`.
+def build_load(
+    schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool = False, first_user: int = 0
+) -> Load:
+    """`events` events by `users` users, `batch` to a batch; the newest is an hour old. User `i` is
+    `shopper_id(first_user + i)`.
 
     The same arguments give the same events. With `every_user` each of the users comes once in every `users` events,
     in no order.
     """
+    runs, ids = encoded_events(schema, events, users, seed, every_user=every_user, first_user=first_user)
+    return Load(schema, _batches(runs, batch), events, batch, ids)
+
+
+def encoded_events(
+    schema: str, events: int, users: int, seed: int, *, every_user: bool, first_user: int
+) -> tuple[Iterator[EncodedEvents], bytes]:
+    """The events of `build_load` before they are cut into batches, and what their ids begin with."""
     end_ns = time.time_ns() - 3600 * 10**9
     if schema == PREFERENCES:
-        views = draw_views(events, users, seed, end_ns, every_user=every_user)
-        return Load(schema, _batches(views.serialized(), batch), events, batch, id_prefix(views.id_prefix))
-    encoded = _sample(events, users, seed, end_ns, every_user=every_user)
-    return Load(schema, _batches(encoded, batch), events, batch)
-
-
-def _sample(events: int, users: int, seed: int, end_ns: int, *, every_user: bool) -> Iterator[EncodedEvents]:
+        views = draw_views(events, users, seed, end_ns, every_user=every_user, first_user=first_user)
+        return views.serialized(), id_prefix(views.id_prefix)
     listings = bundled_listings()
     drawn = generate_events(min(users, _DRAWN_USERS) if every_user else users, events, seed, listings)
+    shopper = drawn.shopper
     if every_user:
         rng = np.random.default_rng(seed)
-        turns = [rng.permutation(users) for _ in range(0, events, users)]
-        drawn = replace(drawn, shopper=np.concatenate(turns)[:events].astype(np.int32))
-    return serialize_events(drawn, listings, end_ns)
+        shopper = np.concatenate([rng.permutation(users) for _ in range(0, events, users)])[:events]
+    return serialize_events(replace(drawn, shopper=(first_user + shopper).astype(np.int32)), listings, end_ns), b""
 
 
 def _batches(runs: Iterable[EncodedEvents], batch: int) -> list[bytes]:

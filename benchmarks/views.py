@@ -57,15 +57,15 @@ class Views:
 
     def serialized(self) -> Iterator[EncodedEvents]:
         """The events as the stream carries them, some hundred thousand at a time."""
-        users = _Names([shopper_id(number) for number in range(int(self.user.max(initial=-1)) + 1)])
         colors, makes = _Names(list(COLORS)), _Names(list(MAKES))
         for start in range(0, len(self), _ENCODED_AT_ONCE):
             part = slice(start, min(start + _ENCODED_AT_ONCE, len(self)))
+            users, user = np.unique(self.user[part], return_inverse=True)
             seconds, nanos = np.divmod(self.time_ns[part], 10**9)
             count = len(seconds)
             yield encode_events(
                 Columns(
-                    user_id=users.take(self.user[part]),
+                    user_id=_Names(list(map(shopper_id, users.tolist()))).take(user),
                     type=_Names(["view"]).take(np.zeros(count, np.int32)),
                     time=Times(seconds, nanos, np.ones(count, np.bool_)),
                     event_id=_ids(self.id_prefix, start, count),
@@ -75,8 +75,11 @@ class Views:
             )
 
 
-def draw_views(events: int, users: int, seed: int, end_ns: int, *, every_user: bool = False) -> Views:
-    """`events` events by `users` users, the last at `end_ns`; the same arguments give the same events.
+def draw_views(
+    events: int, users: int, seed: int, end_ns: int, *, every_user: bool = False, first_user: int = 0
+) -> Views:
+    """`events` events by `users` users from `first_user` on, the last at `end_ns`; the same arguments give the same
+    events.
 
     With `every_user` each of the users comes once in every `users` events, in no order.
     """
@@ -92,7 +95,7 @@ def draw_views(events: int, users: int, seed: int, end_ns: int, *, every_user: b
     mileage = np.exp(rng.normal(11.0, 0.8, events)).round(-2)
     time_ns = np.sort(end_ns // 10**6 - rng.integers(0, SPAN_S * 1000, events)) * 10**6
     return Views(
-        user=user.astype(np.int32),
+        user=(first_user + user).astype(np.int32),
         color=_favourites(user, len(COLORS), rng),
         make=_favourites(user // len(COLORS), len(MAKES), rng),
         price=price,

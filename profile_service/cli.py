@@ -35,7 +35,17 @@ schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_
 
 for command in (serve, demo, ingest, get, status, snapshot, inspect):
     app.command()(command)
-for benchmark in (bench.ingest, bench.read, bench.recovery, bench.snapshot, bench.startup, bench.flood, bench.soak):
+for benchmark in (
+    bench.ingest,
+    bench.read,
+    bench.memory,
+    bench.growth,
+    bench.recovery,
+    bench.snapshot,
+    bench.startup,
+    bench.flood,
+    bench.soak,
+):
     bench_app.command()(benchmark)
 app.add_typer(bench_app, name="bench")
 schema_app.command()(check)

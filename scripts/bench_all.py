@@ -22,6 +22,8 @@ RUNS: dict[str, list[str]] = {
     "ingest": ["ingest", "--peers"],
     "ingest-1m": ["ingest", "--users", "1000000", "--sync", "always", "--peers"],
     "read": ["read"],
+    "memory": ["memory"],
+    "growth": ["growth"],
     "recovery": ["recovery"],
     "snapshot": ["snapshot"],
     "flood": ["flood"],

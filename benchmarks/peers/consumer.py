@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
 from typing import Self
 
+import psutil
+
+from benchmarks.crowd import Crowd
 from benchmarks.load import PREFERENCES, Load, build_load
 from benchmarks.peers.dicts import Dicts
 from benchmarks.peers.work import Peer, PeerProfile
@@ -40,6 +44,11 @@ class Consumer:
     def consume(self) -> tuple[float, float]:
         """Counts the load once; the seconds it took, and the CPU time of the consumer and its server."""
         return self._pool.submit(_consume).result()
+
+    def grow(self, users: int, warm: int, history: int, batch: int, seed: int) -> tuple[int, int, int]:
+        """Gives every user of a crowd so many events; resident memory of consumer and server when the first `warm` of
+        them have theirs, and at the end, and by how many users it has grown."""
+        return self._pool.submit(_grow, users, warm, history, batch, seed).result()
 
     def profiles(self, user_ids: Sequence[str]) -> list[PeerProfile]:
         """What it knows of users."""
@@ -75,6 +84,23 @@ def _consume() -> tuple[float, float]:
         _peer.consume(batch)
     seconds = time.perf_counter() - began
     return seconds, _cpu_s() - cpu
+
+
+def _grow(users: int, warm: int, history: int, batch: int, seed: int) -> tuple[int, int, int]:
+    crowds = [Crowd(PREFERENCES, batch, seed + number) for number in range(history)]
+    before = 0
+    for start, stop in ((0, warm), (warm, users)):
+        before = _resident_bytes()
+        for crowd in crowds:
+            for body in crowd.batches(start, stop):
+                _peer.consume(body)
+    return before, _resident_bytes(), users - warm
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    processes = [psutil.Process(), *([] if _peer.server is None else [_peer.server])]
+    return int(sum(process.memory_info().rss for process in processes))
 
 
 def _cpu_s() -> float:

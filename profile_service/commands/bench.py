@@ -300,6 +300,82 @@ def startup(
     _run(benchmark, benchmark.Options(shards=shards, rounds=rounds, data_dir=data_dir), plot, as_json)
 
 
+def memory(
+    users: Annotated[list[int], flag("--users", "Users of marketplace; repeatable.", min=1000)] = [  # noqa: B006
+        1_000_000,
+        10_000_000,
+    ],
+    service_users: Annotated[
+        int, flag("--service-users", "Users of marketplace in a running service; 0 leaves it out.", min=0)
+    ] = 1_000_000,
+    peer_users: Annotated[
+        list[int], flag("--peer-users", "Users of preferences, as the peers have them; repeatable.", min=1000)
+    ] = [100_000, 1_000_000],  # noqa: B006
+    history: Annotated[int, flag("--history", "Events of each of these.", min=1)] = 3,
+    peers: Annotated[bool, flag("--peers/--no-peers", "Measures Redis and Python dicts beside it.")] = True,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 4_000,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how many bytes a user takes, as the growth of resident memory.
+
+    Example:  profile-service bench memory --users 1000000 --no-peers
+    """
+    from benchmarks import memory as benchmark
+
+    options = benchmark.Options(
+        users=tuple(dict.fromkeys(users)),
+        service_users=service_users,
+        peer_users=tuple(dict.fromkeys(peer_users)),
+        history=history,
+        peers=peers,
+        batch=batch,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
+def growth(
+    schema: BenchSchema = "preferences",
+    users: Annotated[list[int], flag("--users", "The sizes; repeatable.", min=100)] = [  # noqa: B006
+        1_000,
+        100_000,
+        1_000_000,
+        10_000_000,
+    ],
+    events: Annotated[int, flag("--events", "Events a round.", min=1)] = 1_000_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 4_000,
+    rounds: Rounds = 3,
+    turn_s: Annotated[float, flag("--turn-s", "Seconds of each turn of reads.", min=0.1)] = 2.0,
+    shards: Shards = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures whether an event, a read or a user costs more when there are more users.
+
+    Example:  profile-service bench growth --users 1000 --users 1000000
+    """
+    from benchmarks import growth as benchmark
+
+    options = benchmark.Options(
+        schema=schema,
+        users=tuple(users),
+        events=events,
+        batch=batch,
+        rounds=rounds,
+        turn_s=turn_s,
+        shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) -> None:
     """Measures, draws where told, and prints the figures."""
     from profile_service.commands.terminal import stderr, stdout

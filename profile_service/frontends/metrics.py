@@ -19,6 +19,7 @@
     profile_service_shard_replay_bytes{shard}                         bytes of log that a recovery would replay now
     profile_service_shard_snapshot_timestamp_seconds{shard}           when its last snapshot was published, 0 before
     profile_service_users                                             users over all shards
+    profile_service_bytes_per_user                                    bytes of state in use over all shards, by users
 
 What is counted here is the frontend's own; what is known of shards is read when a scrape asks (`watch_shards`). Labels
 take only values from closed lists, so that no caller can make the number of series grow.
@@ -200,6 +201,12 @@ class _Readings(Collector):
         yield state
         total = sum(shard.user_count for shard in shards)
         yield GaugeMetricFamily("profile_service_users", "Users over all shards.", value=total)
+        state_bytes = sum(shard.state_bytes for shard in shards)
+        yield GaugeMetricFamily(
+            "profile_service_bytes_per_user",
+            "Bytes of rows, index and strings in use over all shards, divided by the users; 0 without users.",
+            value=state_bytes / total if total else 0.0,
+        )
 
 
 _SHARD_GAUGES: tuple[tuple[str, str, Callable[[ShardReading], float]], ...] = (

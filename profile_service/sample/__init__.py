@@ -79,16 +79,16 @@ def make_sample(listings: Listings, shoppers: int, events: int, seed: int) -> Sa
 
 def serialize_events(events: SampleEvents, listings: Listings, end_ns: int) -> Iterator[EncodedEvents]:
     """`events` as the stream carries them, some ten thousand at a time, the last at `end_ns` nanoseconds since 1970."""
-    shoppers = _texts([shopper_id(i) for i in range(int(events.shopper.max(initial=-1)) + 1)])
     types, queries = _texts(list(EVENT_TYPES)), _texts(events.queries)
     item_ids, makes, colors = _texts(listings.item_id.tolist()), _texts(listings.make.tolist()), _texts(list(COLORS))
     for start in range(0, len(events), _ENCODED_AT_ONCE):
         part = slice(start, start + _ENCODED_AT_ONCE)
+        shoppers, shopper = np.unique(events.shopper[part], return_inverse=True)
         listing, query = events.listing[part], events.query[part]
         color = listings.color[listing]
         time_ns = end_ns - events.age_ms[part] * 1_000_000
         columns = Columns(
-            user_id=shoppers.take(pa.array(events.shopper[part])),
+            user_id=_texts(list(map(shopper_id, shoppers.tolist()))).take(pa.array(shopper)),
             type=types.take(pa.array(events.type[part])),
             time=Times(time_ns // _BILLION, time_ns % _BILLION, np.ones(len(time_ns), dtype=np.bool_)),
             texts={

@@ -121,3 +121,38 @@ def test_producers_without_restraint_are_slowed_and_not_served_with_growing_memo
     assert result["growth_bytes"] <= bound
     assert all(held <= 4 * mib + 16 * mib + 8 * mib for held in result["unacknowledged_bytes"])
     assert result["events"] > 0
+
+
+def test_memory_is_the_growth_of_processes_beside_peers(tmp_path: Path) -> None:
+    flags = ("--users", "20000", "--service-users", "5000", "--peer-users", "5000", "--history", "2", "--batch", "500")
+    result = bench("memory", tmp_path, *flags)
+    (table,) = result["marketplace"]
+    assert table["row_bytes"] == 1160
+    # Pages that were there before, or come with others, make a difference among so few users.
+    assert table["bytes_per_user"] == pytest.approx(1197, rel=0.2)
+    # The texts, which a million users share, are many for so few.
+    assert 1160 + 8 + 16 + 10 < table["state_bytes_per_user"] < 1300
+    assert 1160 + 8 + 16 + 10 < result["service"]["status_bytes_per_user"] < 1300
+    assert result["service"]["resident_growth_bytes"] > 0
+    (preferences,) = result["preferences"]
+    assert set(preferences["peers"]) == {"Python dicts", "Redis, packed rows"}
+    assert preferences["peers"]["Python dicts"]["bytes_per_user"] > preferences["bytes_per_user"]
+    assert [row["bound"] for row in result["costs"]] == ["1,200 bytes", "–"]
+
+
+def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
+    flags = ("--users", "200", "--users", "2000", "--events", "3000", "--batch", "500", "--rounds", "2")
+    result = bench("growth", tmp_path, *flags, "--turn-s", "0.3")
+    assert [one["users"] for one in result["sizes"]] == [200, 2000]
+    for one in result["sizes"]:
+        table, service = one["table"], one["service"]
+        assert 0 < table["decode_us_per_event"] < table["cpu_us_per_event"]
+        assert 0 < table["apply_us_per_event"] < table["cpu_us_per_event"]
+        assert table["read_cpu_us"] > 0
+        assert table["touch_us_per_event"] > 0
+        assert 616 < table["state_bytes_per_user"] < 1000
+        assert service["events_per_second"] > 0
+        assert service["server_cpu_us_per_event"] > 0
+        assert service["server_cpu_us_per_read"] > 0
+        assert len(service["rounds"]) == 2
+    assert len(result["costs"]) == 2

@@ -68,6 +68,7 @@ def test_shards_are_read_when_a_scrape_asks() -> None:
     metrics.watch_shards(lambda: shards)
     found = samples(metrics)
     assert found["profile_service_users", ()] == 42
+    assert found["profile_service_bytes_per_user", ()] == 1_000 / 42
     assert found["profile_service_shard_users", ("1",)] == 32
     assert found["profile_service_shard_state_bytes", ("0",)] == 1_000
     assert found["profile_service_shard_queued_bytes", ("0",)] == 5
@@ -100,6 +101,7 @@ def test_what_a_recovery_would_cost_and_how_a_shard_does_are_there_to_be_watched
 def test_before_anything_is_known_there_are_no_users() -> None:
     found = samples(Metrics())
     assert found["profile_service_users", ()] == 0
+    assert found["profile_service_bytes_per_user", ()] == 0
 
 
 def test_two_frontends_in_one_process_count_apart() -> None:

@@ -71,7 +71,7 @@ def update(
         rank = 1 + min(leading_zeros(hashes[i] << np.uint64(precision)), 64 - precision)
         bit = 6 * index
         place = registers + (bit >> 3)
-        following = min(place + 1, end - 1)
+        following = to_i64(min(place + 1, end - 1))
         shift = bit & 7
         pair = np.int64(u1[row, place]) | (np.int64(u1[row, following]) << 8)
         if rank > (pair >> shift) & 63:
