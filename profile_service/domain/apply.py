@@ -1,10 +1,13 @@
 """Events into rows: the one kernel that a group of events runs through.
 
-    a block of events ─▶ users' rows ─▶ numbers of texts and values ─▶ every feature ─▶ population
-                          └ called into the caches meanwhile ┘          └ a pass each ┘
+    a group of events ─▶ users' rows
+      a block of them ─▶ numbers of texts and values ─▶ every feature of the rows, a pass each ─▶ of the population
+                         └ between the passes, a few lines at a time, the next block's rows are called into the caches ┘
 
-A block is so small that its rows stay in the processor's caches from one feature's pass to the next, and so large that
-their way from memory overlaps. What comes out does not depend on where one block ends and the next begins.
+A block is so small that its rows stay in the processor's nearest caches from one feature's pass to the next. Some two
+dozen lines can be on their way from memory at a time, and whoever asks for more waits: so what the next block needs is
+asked for in pieces, which come while this one is counted. What comes out does not depend on where one group or block
+ends and the next begins.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from profile_service.domain.features import update
 from profile_service.domain.features.base import ABSENT, Events, RowViews, Tables, Weights
 from profile_service.domain.header import update_header
 from profile_service.domain.index import HIGH_WATER, IndexArrays, find_many
-from profile_service.domain.kernel import leaf_kernel, prefetch
+from profile_service.domain.kernel import inlined_kernel, leaf_kernel, prefetch
 
-BLOCK_EVENTS = 64
+BLOCK_EVENTS = 32
+GROUP_EVENTS = 2048
+"""Events whose users are looked up together: many enough that their ways from memory overlap, too."""
 
 POPULATION = 1
 """Numbers of texts, and the population's row."""
@@ -33,9 +38,10 @@ _LINE_BYTES = 64
 
 
 class Scratch(NamedTuple):
-    """Space for one block."""
+    """Space for one block, and for the rows of a group."""
 
     rows: NDArray[np.int64]
+    """Of a group."""
     everyone: NDArray[np.int64]
     """Zeros: the population's row for each event."""
     numbers: NDArray[np.int64]
@@ -47,7 +53,7 @@ class Scratch(NamedTuple):
     @classmethod
     def make(cls, half_lives: int, text_attributes: int) -> Scratch:
         return cls(
-            rows=np.empty(BLOCK_EVENTS, np.int64),
+            rows=np.empty(GROUP_EVENTS, np.int64),
             everyone=np.zeros(BLOCK_EVENTS, np.int64),
             numbers=np.empty(BLOCK_EVENTS, np.int64),
             # What does not decay keeps these.
@@ -56,6 +62,18 @@ class Scratch(NamedTuple):
             text_ids=np.zeros((text_attributes, BLOCK_EVENTS), np.uint32),
             value_numbers=np.full((text_attributes, BLOCK_EVENTS), ABSENT, np.int64),
         )
+
+
+@inlined_kernel
+def _call_in(u1: NDArray[np.uint8], rows: NDArray[np.int64], line: int, lines: int) -> None:
+    """Asks for so many lines of each of the rows, from the row's line `line` on."""
+    row_bytes = u1.shape[1]
+    # It may begin anywhere in its first line.
+    row_lines = (row_bytes + 2 * _LINE_BYTES - 2) // _LINE_BYTES
+    for n in range(line, min(line + lines, row_lines)):
+        place = min(n * _LINE_BYTES, row_bytes - 1)
+        for i in range(len(rows)):
+            prefetch(u1, rows[i] * row_bytes + place)
 
 
 @leaf_kernel
@@ -99,7 +117,7 @@ def apply_events(
     half_lives_ns: NDArray[np.int64],
     interned: NDArray[np.int64],
     listed: NDArray[np.int64],
-    block_rows: NDArray[np.int64],
+    group_rows: NDArray[np.int64],
     everyone: NDArray[np.int64],
     block_numbers: NDArray[np.int64],
     block_grids: NDArray[np.int64],
@@ -141,74 +159,84 @@ def apply_events(
     tables = Tables(reals, codes)
     population = RowViews(population_f8, population_i8, population_f4, population_u4, population_u1)
     population_tables = Tables(population_reals, population_codes)
-    for first in range(start, stop, BLOCK_EVENTS):
-        last = min(first + BLOCK_EVENTS, stop)
-        count = last - first
-        rows = block_rows[:count]
+    passes = (len(operations) if parts & USERS else 0) + (len(population_operations) if parts & POPULATION else 0)
+    lines_a_pass = u1.shape[1] // (_LINE_BYTES * max(1, passes)) + 1
+    for group in range(start, stop, GROUP_EVENTS):
+        group_stop = min(group + GROUP_EVENTS, stop)
+        fresh = user_state[HIGH_WATER]
         if parts & USERS:
-            fresh = user_state[HIGH_WATER]
-            find_many(
-                users, buffer, user_offset[first:last], user_length[first:last], user_hash[first:last], True, rows
+            offset, length, key = (
+                user_offset[group:group_stop],
+                user_length[group:group_stop],
+                user_hash[group:group_stop],
             )
-            for row in range(fresh, user_state[HIGH_WATER]):
-                for k in range(len(template)):
-                    u1[row, k] = template[k]
-            for i in range(count):
-                line = rows[i] * u1.shape[1]
-                end = line + u1.shape[1]
-                while line < end:
-                    prefetch(u1, line)
-                    line += _LINE_BYTES
-        for n in range(len(half_lives_ns)):
-            if half_lives_ns[n] != 0:
-                decompose(time_ns[first:last], half_lives_ns[n], block_grids[n], block_mantissas[n])
-        for n in range(len(interned)):
-            a = interned[n]
-            numbers, ids = block_numbers[:count], block_text_ids[a]
-            if not parts & POPULATION:
+            find_many(users, buffer, offset, length, key, True, group_rows)
+            _call_in(u1, group_rows[: min(BLOCK_EVENTS, group_stop - group)], 0, u1.shape[1])
+        for first in range(group, group_stop, BLOCK_EVENTS):
+            last = min(first + BLOCK_EVENTS, group_stop)
+            count = last - first
+            rows = group_rows[first - group : last - group]
+            ahead = group_rows[last - group : (min(last + BLOCK_EVENTS, group_stop) if parts & USERS else last) - group]
+            line = 0
+            for n in range(len(half_lives_ns)):
+                if half_lives_ns[n] != 0:
+                    decompose(time_ns[first:last], half_lives_ns[n], block_grids[n], block_mantissas[n])
+            for n in range(len(interned)):
+                a = interned[n]
+                numbers, ids = block_numbers[:count], block_text_ids[a]
+                if not parts & POPULATION:
+                    for i in range(count):
+                        ids[i] = text_ids[n, first - start + i]
+                    continue
+                offset, length, key = text_offset[a][first:last], text_length[a][first:last], text_hash[a][first:last]
+                find_many(texts, buffer, offset, length, key, True, numbers)
                 for i in range(count):
-                    ids[i] = text_ids[n, first - start + i]
-                continue
-            offset, length, key = text_offset[a][first:last], text_length[a][first:last], text_hash[a][first:last]
-            find_many(texts, buffer, offset, length, key, True, numbers)
-            for i in range(count):
-                ids[i] = numbers[i] + 1
-                if 0 <= numbers[i] < len(marks):
-                    marks[numbers[i]] = 1
-            if text_ids.shape[1] > 0:
+                    ids[i] = numbers[i] + 1
+                    if 0 <= numbers[i] < len(marks):
+                        marks[numbers[i]] = 1
+                if text_ids.shape[1] > 0:
+                    for i in range(count):
+                        text_ids[n, first - start + i] = ids[i]
+            for n in range(len(listed)):
+                a = listed[n]
+                numbers = block_value_numbers[a]
+                offset, length, key = text_offset[a][first:last], text_length[a][first:last], text_hash[a][first:last]
+                find_many(values, buffer, offset, length, key, False, numbers)
                 for i in range(count):
-                    text_ids[n, first - start + i] = ids[i]
-        for n in range(len(listed)):
-            a = listed[n]
-            numbers = block_value_numbers[a]
-            length = text_length[a][first:last]
-            find_many(values, buffer, text_offset[a][first:last], length, text_hash[a][first:last], False, numbers)
-            for i in range(count):
-                if length[i] < 0:
-                    numbers[i] = ABSENT
-        types, times = type_index[first:last], time_ns[first:last]
-        events = Events(
-            types,
-            times,
-            block_grids,
-            block_mantissas,
-            block_text_ids,
-            block_value_numbers,
-            first,
-            text_length,
-            text_hash,
-            number,
-        )
-        received = received_ns[first - start : last - start]
-        if parts & POPULATION:
-            update_header(population_i8, 0, everyone[:count], times, received)
-            for n in range(len(population_operations)):
-                update(population, population_operations[n], population_tables, events, everyone[:count])
-        if parts & USERS:
-            if len(stamps) > 0:
+                    if length[i] < 0:
+                        numbers[i] = ABSENT
+            types, times = type_index[first:last], time_ns[first:last]
+            events = Events(
+                types,
+                times,
+                block_grids,
+                block_mantissas,
+                block_text_ids,
+                block_value_numbers,
+                first,
+                text_length,
+                text_hash,
+                number,
+            )
+            received = received_ns[first - start : last - start]
+            if parts & USERS:
                 for i in range(count):
-                    if stamps[rows[i]] > positions[first - start + i]:
-                        rows[i] = -1
-            update_header(i8, header, rows, times, received)
-            for n in range(len(operations)):
-                update(views, operations[n], tables, events, rows)
+                    while fresh <= rows[i]:
+                        for k in range(len(template)):
+                            u1[fresh, k] = template[k]
+                        fresh += 1
+                if len(stamps) > 0:
+                    for i in range(count):
+                        if stamps[rows[i]] > positions[first - start + i]:
+                            rows[i] = -1
+                update_header(i8, header, rows, times, received)
+                for n in range(len(operations)):
+                    update(views, operations[n], tables, events, rows)
+                    _call_in(u1, ahead, line, lines_a_pass)
+                    line += lines_a_pass
+            if parts & POPULATION:
+                update_header(population_i8, 0, everyone[:count], times, received)
+                for n in range(len(population_operations)):
+                    update(population, population_operations[n], population_tables, events, everyone[:count])
+                    _call_in(u1, ahead, line, lines_a_pass)
+                    line += lines_a_pass
