@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from profile_service.config import Limits
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.hashing import xxh64
-from profile_service.domain.kernel import kernel
+from profile_service.domain.kernel import kernel, leaf_kernel, to_i64
 from profile_service.errors import InvalidArgument
 from profile_service.wire.event import VALID, event_time_ns, explain_event, read_event
 from profile_service.wire.frame import COUNT, as_buffer, check_frame, next_event
@@ -29,6 +29,8 @@ from profile_service.wire.work import (
 )
 
 _SMALLEST_CAPACITY = 64
+_BLOCK_EVENTS = 64
+"""Events whose bytes stay in a processor's nearest cache until their texts are hashed."""
 
 
 def decode_events(
@@ -165,38 +167,65 @@ def _decode(
     valid, which is then explained. The events before `ends[b]` that no earlier batch has are batch b's.
     """
     work = make_work(limits, text_length.shape[0] + number.shape[0])
+    id_offset = np.empty(_BLOCK_EVENTS, np.int64)
+    id_length = np.empty(_BLOCK_EVENTS, np.int64)
     pos = 0
     batch = 0
-    for i in range(count):
-        while i >= ends[batch]:
-            batch += 1
-        _, begin, end = next_event(buffer, pos, work)
-        verdict = read_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i)
-        if verdict != VALID:
-            explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
-            explained[:] = work[:STACKS]
-            return i
-        user = xxh64(buffer, work[USER_OFFSET], work[USER_LENGTH], 0)
-        user_offset[i] = work[USER_OFFSET]
-        user_length[i] = work[USER_LENGTH]
-        user_hash[i] = user
-        type_index[i] = work[TYPE_INDEX]
-        time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_times_ns[batch]
-        event_id_hash[i] = _event_id_hash(buffer, work[ID_OFFSET], work[ID_LENGTH], user)
+    for first in range(0, count, _BLOCK_EVENTS):
+        last = min(first + _BLOCK_EVENTS, count)
+        for i in range(first, last):
+            while i >= ends[batch]:
+                batch += 1
+            _, begin, end = next_event(buffer, pos, work)
+            verdict = read_event(
+                buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i
+            )
+            if verdict != VALID:
+                explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
+                explained[:] = work[:STACKS]
+                return i
+            user_offset[i] = work[USER_OFFSET]
+            user_length[i] = work[USER_LENGTH]
+            type_index[i] = work[TYPE_INDEX]
+            time_ns[i] = event_time_ns(work) if work[HAS_TIME] else arrival_times_ns[batch]
+            id_offset[i - first] = work[ID_OFFSET]
+            id_length[i - first] = work[ID_LENGTH]
+            pos = end
+        # A hash is a chain of multiplications: those of one event after the other overlap, as nothing else is between.
+        _hash_texts(buffer, user_offset[first:last], user_length[first:last], user_hash[first:last])
+        _hash_ids(buffer, id_offset, id_length, user_hash[first:last], event_id_hash[first:last])
         for text in range(text_length.shape[0]):
-            if text_length[text, i] >= 0:
-                text_hash[text, i] = xxh64(buffer, text_offset[text, i], text_length[text, i], 0)
-            else:
-                text_offset[text, i] = 0
-                text_hash[text, i] = 0
-        pos = end
+            _hash_texts(
+                buffer, text_offset[text, first:last], text_length[text, first:last], text_hash[text, first:last]
+            )
     return count
 
 
-@kernel
-def _event_id_hash(buffer: NDArray[np.uint8], offset: int, length: int, user: np.uint64) -> np.uint64:
-    """XXH64 of the event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
-    if length == 0:
-        return np.uint64(0)
-    value = xxh64(buffer, offset, length, user)
-    return value if value != np.uint64(0) else np.uint64(1)
+@leaf_kernel
+def _hash_texts(
+    buffer: NDArray[np.uint8], offset: NDArray[np.int64], length: NDArray[np.int32], key: NDArray[np.uint64]
+) -> None:
+    """XXH64 of each text. Of an absent one, whose length is negative, hash and offset become 0."""
+    for i in range(len(key)):
+        if length[i] >= 0:
+            key[i] = xxh64(buffer, offset[i], to_i64(length[i]), 0)
+        else:
+            offset[i] = 0
+            key[i] = 0
+
+
+@leaf_kernel
+def _hash_ids(
+    buffer: NDArray[np.uint8],
+    offset: NDArray[np.int64],
+    length: NDArray[np.int64],
+    user_hash: NDArray[np.uint64],
+    key: NDArray[np.uint64],
+) -> None:
+    """XXH64 of each event id seeded with the user's hash; 0 means no event id, so a hash of 0 becomes 1."""
+    for i in range(len(key)):
+        if length[i] == 0:
+            key[i] = 0
+        else:
+            value = xxh64(buffer, offset[i], length[i], user_hash[i])
+            key[i] = value if value != np.uint64(0) else np.uint64(1)

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.domain.kernel import inlined_kernel, load_f64, load_u8, load_u32, load_u64, to_i64
-from profile_service.wire.plan import find_name
+from profile_service.wire.plan import find_row, is_short_name, name_index
 from profile_service.wire.protobuf import is_utf8
 from profile_service.wire.value import MOST_NUMBER
 from profile_service.wire.work import (
+    ATTRIBUTE_ROWS,
     HAS_TIME,
     ID_LENGTH,
     ID_OFFSET,
@@ -27,9 +28,11 @@ from profile_service.wire.work import (
     LIMIT_EVENT_ID,
     LIMIT_TIME,
     LIMIT_USER_ID,
+    MOST_ATTRIBUTE_ROWS,
     NANOS,
     SECONDS,
     TYPE_INDEX,
+    TYPE_ROW,
     USER_LENGTH,
     USER_OFFSET,
 )
@@ -58,7 +61,7 @@ def parse_plain(
     column: int,
 ) -> bool:
     """Whether the Event in [pos, end) is plain and valid; if so `work` and the `column` have it: absent texts are of
-    length -1, absent numbers NaN. If not, the column holds anything.
+    length -1, absent numbers NaN. If not, the column and the event's slots of `work` hold anything.
     """
     texts = text_length.shape[0]
     declared = texts + number.shape[0]
@@ -76,9 +79,16 @@ def parse_plain(
     type_length = load_u8(buffer, pos + 1)
     if load_u8(buffer, pos) != 0x12 or type_length >= 0x80 or type_length > end - pos - 2:
         return False
-    type_index = find_name(types, names, buffer, pos + 2, type_length)
-    if type_index < 0:
-        return False
+    row = work[TYPE_ROW]
+    if not is_short_name(types, row, buffer, pos + 2, type_length):
+        row = find_row(types, names, buffer, pos + 2, type_length)
+        if row < 0:
+            return False
+        work[TYPE_ROW] = row
+    # Noted at once: what waits for the end stands in the way of everything before.
+    work[USER_OFFSET] = user_offset
+    work[USER_LENGTH] = user_length
+    work[TYPE_INDEX] = name_index(types, row)
     pos += 2 + type_length
 
     has_time = 0
@@ -102,6 +112,9 @@ def parse_plain(
         if seconds * 1_000_000_000 + nanos > work[LIMIT_TIME]:
             return False
         has_time = 1
+    work[HAS_TIME] = has_time
+    work[SECONDS] = seconds
+    work[NANOS] = nanos
 
     id_offset = pos
     id_length = to_i64(0)
@@ -113,8 +126,11 @@ def parse_plain(
             return False
         if not _is_text(buffer, id_offset, id_length):
             return False
+    work[ID_OFFSET] = id_offset
+    work[ID_LENGTH] = id_length
 
     ignored = 0
+    sent = to_i64(0)
     seen = np.uint64(0)
     seen_count = 0
     if pos < end:
@@ -134,9 +150,8 @@ def parse_plain(
         room = work[LIMIT_ATTRIBUTES]
         while pos < end:
             # Entry and its length, name and its length; then value and its length, its member and the next byte.
-            if end - pos < 4 or room == 0:
+            if end - pos < 4 or sent == room:
                 return False
-            room -= 1
             head = to_i64(load_u32(buffer, pos))
             entry_length = head >> 8 & 0xFF
             name_length = head >> 24
@@ -155,13 +170,20 @@ def parse_plain(
                 return False
             if name_length > limit or size > limit or (is_text and not _is_text(buffer, first, size)):
                 return False
-            attribute = find_name(attributes, names, buffer, name_offset, name_length)
-            if attribute < 0:
-                # A declared name is UTF-8.
-                if not _is_text(buffer, name_offset, name_length):
-                    return False
-                ignored += 1
-                continue
+            # Mostly where the attribute in this place of the event before was. To look is not to wait for a hash.
+            place = ATTRIBUTE_ROWS + min(sent, MOST_ATTRIBUTE_ROWS - 1)
+            sent += 1
+            row = work[place]
+            if not is_short_name(attributes, row, buffer, name_offset, name_length):
+                row = find_row(attributes, names, buffer, name_offset, name_length)
+                if row < 0:
+                    # A declared name is UTF-8.
+                    if not _is_text(buffer, name_offset, name_length):
+                        return False
+                    ignored += 1
+                    continue
+                work[place] = row
+            attribute = name_index(attributes, row)
             bit = np.uint64(1) << np.uint64(attribute)
             if seen & bit != np.uint64(0) or is_text != (attribute < texts):
                 return False
@@ -183,14 +205,6 @@ def parse_plain(
                     text_length[attribute, column] = -1
                 else:
                     number[attribute - texts, column] = np.nan
-    work[USER_OFFSET] = user_offset
-    work[USER_LENGTH] = user_length
-    work[TYPE_INDEX] = type_index
-    work[HAS_TIME] = has_time
-    work[SECONDS] = seconds
-    work[NANOS] = nanos
-    work[ID_OFFSET] = id_offset
-    work[ID_LENGTH] = id_length
     work[IGNORED] = ignored
     return True
 
@@ -198,18 +212,18 @@ def parse_plain(
 @inlined_kernel
 def _is_text(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
     """Whether the slice is UTF-8; at once where it is ASCII."""
+    if length <= 16 and pos + 16 <= buffer.size:
+        # No branch depends on the length. Two shifts, as one of 64 bits is undefined.
+        head = min(length, 8)
+        shift, rest_shift = np.uint64(32 - 4 * head), np.uint64(32 - 4 * (length - head))
+        bits = load_u64(buffer, pos) << shift << shift | load_u64(buffer, pos + 8) << rest_shift << rest_shift
+        return bits & _HIGH_BITS == np.uint64(0) or is_utf8(buffer, pos, length)
     if length >= 8:
         bits = load_u64(buffer, pos + length - 8)
         for at in range(pos, pos + length - 8, 8):
             bits |= load_u64(buffer, at)
         return bits & _HIGH_BITS == np.uint64(0) or is_utf8(buffer, pos, length)
-    if length == 0:
-        return True
-    if pos + 8 <= buffer.size:
-        bits = load_u64(buffer, pos) << np.uint64(64 - 8 * length)
-        if bits & _HIGH_BITS == np.uint64(0):
-            return True
-    return is_utf8(buffer, pos, length)
+    return length == 0 or is_utf8(buffer, pos, length)
 
 
 @inlined_kernel

@@ -86,8 +86,17 @@ def find_name(
     table: NDArray[np.uint64], names: NDArray[np.uint8], buffer: NDArray[np.uint8], offset: int, length: int
 ) -> int:
     """Index of the name that the slice of `buffer` holds, -1 where the table does not have it."""
+    row = find_row(table, names, buffer, offset, length)
+    return to_i64(-1) if row < 0 else name_index(table, row)
+
+
+@inlined_kernel
+def find_row(
+    table: NDArray[np.uint64], names: NDArray[np.uint8], buffer: NDArray[np.uint8], offset: int, length: int
+) -> int:
+    """The table's row that has the name, -1 where none has."""
     if length == 0:
-        return -1
+        return to_i64(-1)
     first = _first_bytes(buffer, offset, length)
     last = load_u64(buffer, offset + length - 8) if length > 8 else np.uint64(0)
     mask = table.shape[0] - 1
@@ -95,11 +104,30 @@ def find_name(
     while True:
         entry = table[row, 2]
         if entry == np.uint64(0):
-            return -1
+            return to_i64(-1)
         same = table[row, 0] == first and table[row, 1] == last and to_i64(entry >> np.uint64(32)) == length
         if same and (length <= 16 or _same_bytes(names, to_i64(table[row, 3]), buffer, offset, length)):
-            return to_i64(entry & np.uint64(0xFFFFFFFF)) - 1
+            return row
         row = (row + 1) & mask
+
+
+@inlined_kernel
+def is_short_name(table: NDArray[np.uint64], row: int, buffer: NDArray[np.uint8], offset: int, length: int) -> bool:
+    """Whether the row has the name, which then has 1 to 16 bytes; of a longer one it does not say so."""
+    if length == 0 or length > 16:
+        return False
+    last = load_u64(buffer, offset + length - 8) if length > 8 else np.uint64(0)
+    return bool(
+        table[row, 0] == _first_bytes(buffer, offset, length)
+        and table[row, 1] == last
+        and to_i64(table[row, 2] >> np.uint64(32)) == length
+    )
+
+
+@inlined_kernel
+def name_index(table: NDArray[np.uint64], row: int) -> int:
+    """Index of the name in a row that has one."""
+    return to_i64(table[row, 2] & np.uint64(0xFFFFFFFF)) - 1
 
 
 def _build_table(encoded: list[bytes], start: int, names: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -137,11 +165,10 @@ def _home_row(first: np.uint64, last: np.uint64, length: int, mask: int) -> int:
 
 @inlined_kernel
 def _first_bytes(buffer: NDArray[np.uint8], offset: int, length: int) -> np.uint64:
-    """Up to 8 bytes from `offset`, zero-padded; reads beyond the slice only where the buffer goes on."""
-    if length >= 8:
-        return load_u64(buffer, offset)
+    """Up to 8 bytes of at least one, zero-padded; reads beyond the slice only where the buffer goes on."""
     if offset + 8 <= buffer.size:
-        return load_u64(buffer, offset) & ((np.uint64(1) << np.uint64(8 * length)) - np.uint64(1))
+        others = np.uint64(64 - 8 * min(length, 8))
+        return load_u64(buffer, offset) << others >> others
     value = np.uint64(0)
     for i in range(length):
         value |= np.uint64(load_u8(buffer, offset + i)) << np.uint64(8 * i)

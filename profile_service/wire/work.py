@@ -2,7 +2,8 @@
 
     [0, LIMITS)        the event read last
     [LIMITS, STACKS)   limits, constant
-    [STACKS, LAST)     three explicit stacks
+    [STACKS, ROWS)     three explicit stacks
+    [ROWS, LAST)       rows of the name tables where the names of the event before were: of its type and attributes
     [LAST, …)          for each declared attribute: serial of the last event that had it << 3 | kind of its last value
 
 It is one array and not a tuple of a dozen, because numba counts references, atomically, to each array taken out of a
@@ -77,7 +78,12 @@ ENDS_STACK = STACKS + STACK_SIZE
 """Kind and end of the messages around the position."""
 GROUPS_STACK = STACKS + 2 * STACK_SIZE
 """Field numbers of the groups around the position."""
-LAST = STACKS + 3 * STACK_SIZE
+ROWS = STACKS + 3 * STACK_SIZE
+TYPE_ROW = ROWS
+ATTRIBUTE_ROWS = ROWS + 1
+MOST_ATTRIBUTE_ROWS = 63
+"""Of the first attributes, in the order in which they were sent: a producer's events are mostly alike."""
+LAST = ATTRIBUTE_ROWS + MOST_ATTRIBUTE_ROWS
 
 UNLIMITED = int(np.iinfo(np.int64).max)
 
