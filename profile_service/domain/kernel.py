@@ -191,6 +191,22 @@ leading_zeros: Callable[[np.uint64], int] = _intrinsic(_leading_zeros)
 """How many of a u8's upper bits are 0: 64 for 0."""
 
 
+def _multiply_high(typingctx: Any, one: Any, other: Any) -> Any:
+    if not (one == types.uint64 and other == types.uint64):
+        return None
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = _ir.IntType(128)
+        product = builder.mul(builder.zext(args[0], wide), builder.zext(args[1], wide))
+        return builder.trunc(builder.lshr(product, wide(64)), _ir.IntType(64))
+
+    return types.uint64(one, other), codegen
+
+
+multiply_high: Callable[[np.uint64, np.uint64], np.uint64] = _intrinsic(_multiply_high)
+"""The upper half of the 128-bit product of two u8."""
+
+
 LANES = 8
 """How many elements `equal_lanes` and `least_lane` look at."""
 

@@ -108,6 +108,8 @@ class Frontend:
                     log_config=None,
                     log_level="warning",
                     server_header=False,
+                    # Who a caller is behind a proxy, nobody asks.
+                    proxy_headers=False,
                     timeout_graceful_shutdown=int(self._settings.drain_timeout_s),
                 )
             )

@@ -112,7 +112,7 @@ def skip_unknown(buffer: NDArray[np.uint8], pos: int, end: int, tag: int, depth:
     """Position after the payload of a field that the message, at `depth`, does not know; `work` lends a stack."""
     if tag & 7 == WIRE_GROUP_START:
         return _skip_group(buffer, pos, end, tag >> 3, depth + 1, work)
-    return _skip_plain(buffer, pos, end, tag & 7)
+    return skip_plain(buffer, pos, end, tag & 7)
 
 
 @leaf_kernel
@@ -166,7 +166,7 @@ def is_utf8(buffer: NDArray[np.uint8], pos: int, length: int) -> bool:
 
 
 @leaf_kernel
-def _skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int:
+def skip_plain(buffer: NDArray[np.uint8], pos: int, end: int, wire: int) -> int:
     """Position after the payload of anything but a group; the end of a group that was never begun is a fault."""
     if wire == WIRE_VARINT:
         _, after = read_varint(buffer, pos, end)
@@ -207,6 +207,6 @@ def _skip_group(buffer: NDArray[np.uint8], pos: int, end: int, number: int, dept
             level -= 1
             pos = after
         else:
-            pos = _skip_plain(buffer, after, end, wire)
+            pos = skip_plain(buffer, after, end, wire)
             if pos < 0:
                 return pos

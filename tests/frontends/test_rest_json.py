@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from profile_service.errors import InvalidArgument
 from profile_service.frontends.rest import json_in, json_out
 from profile_service.frontends.rest.bindings import service_bindings
+from profile_service.wire.json_text import JsonPlan
 from userprofile.v1.admin_service_pb2 import (
     CreateSnapshotResponse,
     GetSchemaResponse,
@@ -196,7 +197,10 @@ def values(field: Any) -> st.SearchStrategy[Any]:
 )
 def test_json_out_is_what_protobuf_itself_writes(data: st.DataObject, kind: type[Message]) -> None:
     message = data.draw(messages(kind))
-    text = json_out.encode(message)
+    text = json_out.encode(kind, message.SerializeToString())
+    plan = JsonPlan.compile(json_in.descriptor_of(kind))
+    assert plan is not None
+    assert plan.write(message.SerializeToString()) == text
     expected = json_format.MessageToJson(message, always_print_fields_with_no_presence=True)
     assert orjson.loads(text) == json.loads(expected)
     again = json_format.Parse(text, kind())
@@ -220,8 +224,15 @@ def test_kinds_of_fields_that_the_api_has_not_yet_are_written_too() -> None:
     message.duration.FromMilliseconds(1500)
     message.nested.nested.single = -math.inf
     expected = json_format.MessageToDict(message, always_print_fields_with_no_presence=True)
-    assert json_out.tree_of(message) == expected
-    assert json_format.Parse(json_out.encode(message), kind()) == message
+    text = json_out.encode(kind, message.SerializeToString())
+    assert orjson.loads(text) == expected
+    assert json_format.Parse(text, kind()) == message
+
+
+def test_fields_in_another_order_are_written_too() -> None:
+    expected = Profile(user_id="u", event_count=3)
+    encoded = Profile(event_count=3).SerializeToString() + Profile(user_id="u").SerializeToString()
+    assert json_format.Parse(json_out.encode(Profile, encoded), Profile()) == expected
 
 
 def test_no_value_is_ever_written_as_nan_or_null() -> None:
@@ -230,10 +241,11 @@ def test_no_value_is_ever_written_as_nan_or_null() -> None:
     distribution.mean = math.nan
     distribution.histogram.weights.extend([1.0, math.inf, -math.inf])
     distribution.histogram.edges.extend([1.7e308, 1.7e308])
-    tree = json_out.tree_of(profile)["features"]["price"]["distribution"]
+    text = json_out.encode(Profile, profile.SerializeToString())
+    tree = json.loads(text)["features"]["price"]["distribution"]
     assert tree["mean"] == "NaN"
     assert tree["histogram"] == {"edges": [1.7e308, 1.7e308], "weights": [1.0, "Infinity", "-Infinity"]}
-    assert b"null" not in json_out.encode(profile)
+    assert b"null" not in text
 
 
 def made_message() -> type[Message]:

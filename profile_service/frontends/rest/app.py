@@ -12,18 +12,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import grpc
 import orjson
 from google.protobuf.message import Message
 from starlette.applications import Starlette
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from profile_service.config import Limits
 from profile_service.errors import InvalidArgument, ProfileServiceError, Unavailable
@@ -64,8 +64,8 @@ class Api(Protocol):
         ...
 
 
-def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Limits | None = None) -> Starlette:
-    """The application.
+def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Limits | None = None) -> ASGIApp:
+    """The application. Starlette serves what lies beside the API; calls, which are many, do not go through it.
 
     Args:
         api: answers the calls.
@@ -100,29 +100,18 @@ def build_app(api: Api, metrics: Metrics, ready: Callable[[], bool], limits: Lim
             Route("/metrics", show_metrics),
             Route("/openapi.json", describe),
             *docs.routes(),
-            # Not a function, so that Starlette passes every method on.
-            Route("/v1/{path:anything}", _Calls(api, metrics, limits or Limits())),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _unforeseen},
     )
     # A path with a slash more is another path, for which nothing is served.
     app.router.redirect_slashes = False
-    return app
+    calls = ServerErrorMiddleware(_Calls(api, metrics, limits or Limits()), handler=_unforeseen)
 
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
+        is_call = scope["type"] == "http" and scope["path"].startswith("/v1/")
+        await (calls if is_call else app)(scope, receive, send)
 
-class _Anything(Convertor[str]):
-    """The rest of a path, whatever it holds. Starlette's own `path` ends at a line feed, which a user id may have."""
-
-    regex = "(?s:.*)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("anything", _Anything())
+    return serve
 
 
 @dataclass(frozen=True)
@@ -170,7 +159,7 @@ class _Calls:
             return error_response(error)
         if call.batch is not None and not call.batch.positions and call.batch.unread:
             self._count(match.binding.method, grpc.StatusCode.OK, began_s)
-            return json_response(json_out.encode(call.batch.answer(IngestEventsResponse())))
+            return _json_of(match.binding, call.batch.answer(IngestEventsResponse()).SerializeToString())
         return await self._answer(request, match.binding, call)
 
     async def _read(self, request: Request, match: Match) -> _Call:
@@ -208,13 +197,16 @@ class _Calls:
             answer = await self._api.call(binding.method, encoded, call.context)
         except Exception as error:  # noqa: BLE001 - whatever it is, the table says what callers see of it
             return error_response(error)
-        response = binding.response_type.FromString(answer)
         if call.batch is not None:
-            response = call.batch.answer(cast(IngestEventsResponse, response))
-        return json_response(json_out.encode(response))
+            answer = call.batch.answer(IngestEventsResponse.FromString(answer)).SerializeToString()
+        return _json_of(binding, answer)
 
     def _count(self, method: str, code: grpc.StatusCode, began_s: float) -> None:
         self._metrics.call(method, "rest", code, time.perf_counter() - began_s)
+
+
+def _json_of(binding: Binding, answer: bytes) -> Response:
+    return json_response(json_out.encode(binding.response_type, answer))
 
 
 async def _aside(body: bytes, read: Callable[[], Result]) -> Result:

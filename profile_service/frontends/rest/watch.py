@@ -12,21 +12,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import orjson
 from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from profile_service.frontends.rest import json_out
 from profile_service.frontends.rest.http import status_tree
-from profile_service.frontends.rest.json_out import tree_of
 
 KEEP_ALIVE_S = 15.0
 """A silent stream of Server-Sent Events says so often that it lives: proxies close what says nothing for a minute."""
 
-Frame = Callable[[str, Any], bytes]
-"""("result" or "error", tree) as bytes of the stream."""
+Frame = Callable[[str, bytes], bytes]
+"""("result" or "error", JSON) as bytes of the stream."""
 
 
 async def stream_response(request: Request, messages: AsyncIterator[bytes], kind: type[Message]) -> Response:
@@ -47,7 +46,7 @@ async def _frames(
     try:
         if first is None:
             return
-        yield frame("result", tree_of(kind.FromString(first)))
+        yield frame("result", json_out.encode(kind, first))
         while True:
             following = asyncio.ensure_future(anext(messages, None))
             try:
@@ -55,7 +54,7 @@ async def _frames(
                     yield keep_alive
                 message = await following
             except Exception as error:  # noqa: BLE001 - the answer has begun: its last message says why it ends
-                yield frame("error", status_tree(error))
+                yield frame("error", orjson.dumps(status_tree(error)))
                 return
             finally:
                 if not following.done():
@@ -63,17 +62,17 @@ async def _frames(
                     await asyncio.wait((following,))
             if message is None:
                 return
-            yield frame("result", tree_of(kind.FromString(message)))
+            yield frame("result", json_out.encode(kind, message))
     finally:
         close = getattr(messages, "aclose", None)
         if close is not None:
             await close()
 
 
-def _line(what: str, tree: Any) -> bytes:
-    return orjson.dumps({what: tree}) + b"\n"
+def _line(what: str, text: bytes) -> bytes:
+    return b'{"%s":%s}\n' % (what.encode(), text)
 
 
-def _event(what: str, tree: Any) -> bytes:
-    name = b"" if what == "result" else f"event: {what}\n".encode()
-    return name + b"data: " + orjson.dumps(tree) + b"\n\n"
+def _event(what: str, text: bytes) -> bytes:
+    name = b"" if what == "result" else b"event: %s\n" % what.encode()
+    return b"%sdata: %s\n\n" % (name, text)
