@@ -56,6 +56,11 @@ class OwnerStream(ABC):
     def _next_message(self) -> bytes | None:
         """The next message, made of all that waits; None when nothing does."""
 
+    async def _gather(self) -> None:
+        """Returns when what waits may leave: what arrived with the first one is a turn or two behind it."""
+        for _ in range(_TURNS_TO_GATHER):
+            await asyncio.sleep(0)
+
     @abstractmethod
     def _take_answer(self, message: bytes) -> bool:
         """Handles one message of the shard; returns whether the shard did something of what it was asked."""
@@ -133,9 +138,7 @@ class OwnerStream(ABC):
             if message is None:
                 self._wake.clear()
                 await self._wake.wait()
-                # What arrived with the first one is a turn or two behind it, and goes into the same message.
-                for _ in range(_TURNS_TO_GATHER):
-                    await asyncio.sleep(0)
+                await self._gather()
             else:
                 await call.write(message)
         await call.done_writing()

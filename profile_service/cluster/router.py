@@ -11,10 +11,10 @@ on. So the parts of a lane keep their order through a change, too.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from types import TracebackType
 
 import numpy as np
 from grpc import StatusCode, aio
@@ -399,16 +399,30 @@ async def _answer_or_error(question: Awaitable[list[bytes]]) -> list[bytes] | Pr
         return error
 
 
-@contextlib.asynccontextmanager
-async def _patience(deadline_s: float | None, outcome: Callable[[], str]) -> AsyncIterator[None]:
-    """Ends what takes longer than the deadline, or than PATIENCE_S where there is none; says what is known then."""
-    try:
-        async with asyncio.timeout(PATIENCE_S if deadline_s is None else deadline_s):
-            yield
-    except TimeoutError:
-        if deadline_s is None:
-            raise Unavailable(f"no answer within {PATIENCE_S:g} s; {outcome()}", retry_after_s=1.0) from None
-        raise DeadlineExceeded(f"no answer within {deadline_s:g} s; {outcome()}") from None
+class _patience:  # noqa: N801  # Used as `asyncio.timeout` is.
+    """Ends what takes longer than the deadline, or than PATIENCE_S where there is none; says what is known then. A
+    class, for generator-based context managers cost more."""
+
+    __slots__ = ("_deadline_s", "_outcome", "_timeout")
+
+    def __init__(self, deadline_s: float | None, outcome: Callable[[], str]) -> None:
+        self._deadline_s = deadline_s
+        self._outcome = outcome
+        self._timeout = asyncio.timeout(PATIENCE_S if deadline_s is None else deadline_s)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            if self._deadline_s is None:
+                message = f"no answer within {PATIENCE_S:g} s; {self._outcome()}"
+                raise Unavailable(message, retry_after_s=1.0) from None
+            raise DeadlineExceeded(f"no answer within {self._deadline_s:g} s; {self._outcome()}") from None
 
 
 def _error_of(error: aio.AioRpcError, what: str) -> ProfileServiceError:

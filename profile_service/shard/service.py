@@ -68,6 +68,7 @@ ApplyResult = shard_pb2.ApplyResponse.Result
 ApplyStatus = shard_pb2.ApplyResponse.Status
 ReadAnswer = shard_pb2.ReadResponse.Answer
 ReadStatus = shard_pb2.ReadResponse.Status
+STATUS_READ = ReadStatus.STATUS_READ
 
 
 class ServedShard(Protocol):
@@ -224,37 +225,61 @@ class ShardServer:
 
         async def take(encoded: bytes) -> None:
             request = shard_pb2.ReadRequest.FromString(encoded)
-            exchange.run(self._read_response(request), _users_of(request))
+            users = _users_of(request)
+            if users <= READ_SLICE_USERS:
+                exchange.put(self._read_response(request), users)
+            else:
+                exchange.run(self._read_in_slices(request), users)
 
         async for responses in exchange.carry(requests, take, context):
             for response in responses:
                 yield response
 
-    async def _read_response(self, request: shard_pb2.ReadRequest) -> bytes:
-        response = shard_pb2.ReadResponse(request_id=request.request_id)
+    def _read_response(self, request: shard_pb2.ReadRequest) -> bytes:
+        response = shard_pb2.ReadResponse(request_id=request.request_id, epoch=self._shard.epoch)
         # What callers ask alike is read together: it costs little more than one of them alone.
         for (population, features), alike in itertools.groupby(request.queries, _kind_of):
             queries = list(alike)
             if population:
-                answers = [self._population_answer(features) for _ in queries]
+                response.answers.extend(self._population_answer(features) for _ in queries)
             else:
-                answers = await self._answers([query.user_ids for query in queries], features, request.epoch)
-            response.answers.extend(answers)
+                asked: list[Sequence[str]] = [query.user_ids for query in queries]
+                response.answers.extend(self._answers(asked, features, request.epoch))
+        return response.SerializeToString()
+
+    async def _read_in_slices(self, request: shard_pb2.ReadRequest) -> bytes:
+        """The same for so many users that the loop has to turn meanwhile."""
+        response = shard_pb2.ReadResponse(request_id=request.request_id)
+        for query in request.queries:
+            if query.population:
+                response.answers.append(self._population_answer(query.features))
+                continue
+            answer = ReadAnswer(status=STATUS_READ)
+            for start in range(0, len(query.user_ids), READ_SLICE_USERS):
+                users = query.user_ids[start : start + READ_SLICE_USERS]
+                (part,) = self._answers([users], query.features, request.epoch)
+                if part.status != STATUS_READ:
+                    answer = part
+                    break
+                answer.profiles.extend(part.profiles)
+                await asyncio.sleep(0)
+            response.answers.append(answer)
         response.epoch = self._shard.epoch
         return response.SerializeToString()
 
-    async def _answers(self, asked: list[Sequence[str]], features: Sequence[str], epoch: int) -> list[ReadAnswer]:
+    def _answers(self, asked: list[Sequence[str]], features: Sequence[str], epoch: int) -> list[ReadAnswer]:
         try:
-            profiles = await self._profiles([user_id for user_ids in asked for user_id in user_ids], features, epoch)
+            every = [user_id for user_ids in asked for user_id in user_ids]
+            profiles = self._shard.read(every, features, epoch)
         except ProfileServiceError as error:
             if len(asked) == 1:
                 return [ReadAnswer(status=_read_status(error), message=error.message)]
             # One of them spoils it for all; which one shows when each is read alone.
-            return [answer for user_ids in asked for answer in await self._answers([user_ids], features, epoch)]
+            return [answer for user_ids in asked for answer in self._answers([user_ids], features, epoch)]
         ends = itertools.accumulate(map(len, asked))
         starts = (end - len(user_ids) for end, user_ids in zip(ends, asked, strict=True))
         return [
-            ReadAnswer(status=ReadStatus.STATUS_READ, profiles=profiles[start : start + len(user_ids)])
+            ReadAnswer(status=STATUS_READ, profiles=profiles[start : start + len(user_ids)])
             for start, user_ids in zip(starts, asked, strict=True)
         ]
 
@@ -263,7 +288,7 @@ class ShardServer:
             profile = self._shard.population_profile(features)
         except ProfileServiceError as error:
             return ReadAnswer(status=_read_status(error), message=error.message)
-        return ReadAnswer(status=ReadStatus.STATUS_READ, profiles=[profile])
+        return ReadAnswer(status=STATUS_READ, profiles=[profile])
 
     async def _profiles(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None) -> list[bytes]:
         if len(user_ids) <= READ_SLICE_USERS:
@@ -350,11 +375,19 @@ class _Exchange(Generic[Answer]):
         self._window = window
         self._held = 0
         self._ready: list[Answer] = []
+        self._ready_weight = 0
         # In their order, which a set would lose.
         self._running: dict[asyncio.Task[Answer], None] = {}
         self._changed = asyncio.Event()
         self._space = asyncio.Event()
         self._failure: BaseException | None = None
+
+    def put(self, answer: Answer, weight: int) -> None:
+        """Takes the answer to a request; its weight counts until the answer is on its way."""
+        self._held += weight
+        self._ready.append(answer)
+        self._ready_weight += weight
+        self._changed.set()
 
     def run(self, work: Coroutine[Any, Any, Answer], weight: int) -> None:
         """Starts the work on one request; its weight counts until the answer is on its way."""
@@ -370,7 +403,7 @@ class _Exchange(Generic[Answer]):
             if (error := task.exception()) is not None:
                 self._failure = error
             else:
-                self._ready.append(task.result())
+                self.put(task.result(), weight)
         self._space.set()
         self._changed.set()
 
@@ -395,7 +428,10 @@ class _Exchange(Generic[Answer]):
                     raise self._failure
                 if self._ready:
                     ready, self._ready = self._ready, []
+                    weight, self._ready_weight = self._ready_weight, 0
                     yield ready
+                    self._held -= weight
+                    self._space.set()
                 else:
                     await self._changed.wait()
             # The requests' own end, which may be an error.

@@ -40,6 +40,7 @@ def warm_kernels(schema: Schema) -> None:
     population = Population.merge(schema, [state.table.population.to_state(state.table.texts)])
     for user_id in ("u0", "nobody"):
         state.table.profile(user_id, now_ns, (), population)
+    population.profile(now_ns)
     copy = state.copy_blocks()
     space = np.empty(copy.space_bytes, np.uint8)
     blocks = []
