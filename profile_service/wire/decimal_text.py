@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profile_service.domain.kernel import leaf_kernel, multiply_high, to_i64
+from profile_service.domain.kernel import leading_zeros, leaf_kernel, multiply_high, to_i64
 
 _FIRST_POWER, _LAST_POWER = -292, 324
 _SIGNIFICAND_BITS = 52
@@ -22,7 +22,7 @@ _FIXED_DIGITS = 16
 _FIXED_ZEROS = 5
 """and one of so many zeros behind it, the one before it counted."""
 
-_U0, _U1, _U2, _U4, _U10, _U40 = (np.uint64(number) for number in (0, 1, 2, 4, 10, 40))
+_U0, _U1, _U2, _U4, _U10, _U40, _U100 = (np.uint64(number) for number in (0, 1, 2, 4, 10, 40, 100))
 
 
 def _power_of_ten(exponent: int) -> tuple[int, int]:
@@ -38,6 +38,9 @@ def _power_of_ten(exponent: int) -> tuple[int, int]:
 
 
 _POWERS = np.array([_power_of_ten(exponent) for exponent in range(_FIRST_POWER, _LAST_POWER + 1)], np.uint64)
+_WHOLE_POWERS = np.array([10**exponent for exponent in range(20)], np.uint64)
+_PAIRS = np.frombuffer(b"".join(b"%02d" % number for number in range(100)), np.uint8)
+"""The digits of every number below 100."""
 
 
 @leaf_kernel
@@ -97,16 +100,26 @@ def shortest_decimal(bits: np.uint64) -> tuple[np.uint64, int]:
 @leaf_kernel
 def put_digits(out: NDArray[np.uint8], at: int, number: np.uint64) -> int:
     """Writes a number from `at` on; returns where it ends."""
-    size = 1
-    rest = number // _U10
-    while rest != _U0:
-        size += 1
-        rest //= _U10
-    rest = number
-    for k in range(at + size - 1, at - 1, -1):
-        tens = rest // _U10
-        out[k] = np.uint8(rest - tens * _U10) + np.uint8(48)
-        rest = tens
+    size = to_i64(1)
+    if number != _U0:
+        # 1233 / 4096 is a little more than the logarithm of 2 to the base 10.
+        size = (64 - leading_zeros(number)) * 1233 >> 12
+        if number >= _WHOLE_POWERS[size]:
+            size += 1
+    end = at + size
+    while number >= _U100:
+        rest = number // _U100
+        pair = to_i64(number - rest * _U100) * 2
+        end -= 2
+        out[end] = _PAIRS[pair]
+        out[end + 1] = _PAIRS[pair + 1]
+        number = rest
+    if number >= _U10:
+        pair = to_i64(number) * 2
+        out[end - 2] = _PAIRS[pair]
+        out[end - 1] = _PAIRS[pair + 1]
+    else:
+        out[end - 1] = to_i64(number) + 48
     return at + size
 
 

@@ -32,6 +32,7 @@ from profile_service.frontends.metrics import CONTENT_TYPE, Metrics
 from profile_service.frontends.rest import docs, events, json_in, json_out
 from profile_service.frontends.rest.bindings import Binding, service_bindings
 from profile_service.frontends.rest.http import (
+    JsonAnswer,
     Refusal,
     deadline_s,
     error_response,
@@ -206,7 +207,7 @@ class _Calls:
 
 
 def _json_of(binding: Binding, answer: bytes) -> Response:
-    return json_response(json_out.encode(binding.response_type, answer))
+    return JsonAnswer(json_out.encode(binding.response_type, answer))
 
 
 async def _aside(body: bytes, read: Callable[[], Result]) -> Result:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from google.api import annotations_pb2
 from google.api.http_pb2 import HttpRule
@@ -55,7 +56,7 @@ class Binding:
         names = (f"{{{segment.field}}}" if isinstance(segment, Variable) else segment for segment in self.segments)
         return "/" + "/".join(names) + (f":{self.verb}" if self.verb else "")
 
-    @property
+    @cached_property
     def path_fields(self) -> tuple[str, ...]:
         """Fields of the request that the path gives."""
         return tuple(segment.field for segment in self.segments if isinstance(segment, Variable))

@@ -42,6 +42,16 @@ class _Path:
     bindings: dict[str, Binding] = field(default_factory=dict)
 
     @cached_property
+    def raw(self) -> tuple[tuple[bytes, str | Variable], ...]:
+        """Segments as they come where nothing is percent-encoded, beside what they are; nothing for a variable."""
+        return tuple((b"" if isinstance(segment, Variable) else segment.encode(), segment) for segment in self.segments)
+
+    @cached_property
+    def raw_verb(self) -> bytes:
+        """The verb and its colon, as the last segment ends with them."""
+        return b":" + self.verb.encode() if self.verb else b""
+
+    @cached_property
     def served(self) -> dict[str, Binding]:
         """Bindings by HTTP method; HEAD is a GET whose body stays here, which a stream has no end of."""
         get = self.bindings.get("GET")
@@ -91,13 +101,14 @@ def no_such_path(raw_path: bytes) -> NotFound:
 
 def _values(path: _Path, segments: Sequence[bytes]) -> dict[str, str] | None:
     """What the path's variables hold, or None where it is another path."""
-    if path.verb:
-        last = segments[-1].removesuffix(b":" + path.verb.encode())
-        if last == segments[-1]:
+    if path.raw_verb:
+        if not segments[-1].endswith(path.raw_verb):
             return None
-        segments = (*segments[:-1], last)
+        segments = (*segments[:-1], segments[-1][: -len(path.raw_verb)])
     values: dict[str, bytes] = {}
-    for expected, raw in zip(path.segments, segments, strict=True):
+    for (literal, expected), raw in zip(path.raw, segments, strict=True):
+        if raw == literal and literal:
+            continue
         if isinstance(expected, Variable):
             if not raw and path.verb:
                 # Not the user ":watch" either, whom a typo would then read or delete.
@@ -105,7 +116,7 @@ def _values(path: _Path, segments: Sequence[bytes]) -> dict[str, str] | None:
             if not raw:
                 return None
             values[expected.field] = raw
-        elif raw != expected.encode() and not _decodes_to(raw, expected):
+        elif not _decodes_to(raw, expected):
             return None
     return {name: percent.decode(raw, name) for name, raw in values.items()}
 
