@@ -78,6 +78,10 @@ bench: $(VENV)/.kernels-done  ## Run a benchmark: BENCH=ingest ARGS=...
 bench-all: bench-tools $(VENV)/.kernels-done  ## Run every benchmark, draw into docs/, and print the table of docs/performance.md
 	$(PYTHON) scripts/bench_all.py $(ARGS)
 
+.PHONY: bench-libraries
+bench-libraries: $(STAMP)  ## Measure grpcio, threads and event loops against what was chosen of them
+	$(PYTHON) scripts/bench_libraries.py $(ARGS)
+
 # --- testing and checking ---
 
 .PHONY: test
