@@ -18,6 +18,7 @@ from profile_service.domain.schema import load_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.shard.shard import SLICE_EVENTS
 from profile_service.wire.decode import decode_events
+from profile_service.wire.frame import COUNT, as_buffer, check_frame
 from profile_service.wire.gather import gather
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
@@ -57,8 +58,10 @@ class BareTable:
         Raises:
             OverflowError: the table is full.
         """
+        # Whoever sends to a shard says the number of events.
+        events = int(check_frame(as_buffer(batch), len(batch), events_only=True)[COUNT])
         began = time.thread_time()
-        columns = decode_events(batch, self._plan, self._now_ns)
+        columns = decode_events(batch, self._plan, self._now_ns, count=events)
         decoded = time.thread_time()
         if not self._table.has_room(columns.count, len(batch)):
             raise OverflowError(f"the table is full with {len(self._table):,} users")

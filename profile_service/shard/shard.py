@@ -315,11 +315,7 @@ class Shard:
                 if len(part.events) > MAX_PAYLOAD_BYTES - RECORD_OVERHEAD_BYTES:
                     most = f"a record of the log holds {MAX_PAYLOAD_BYTES}"
                     raise InvalidArgument("parts.events", f"has {len(part.events)} bytes, {most}")
-                columns = decode_events(part.events, self._plan, part.arrival_time_ns)
-                if columns.count != part.event_count:
-                    raise InvalidArgument(
-                        "parts.event_count", f"says {part.event_count}, the bytes hold {columns.count}"
-                    )
+                columns = decode_events(part.events, self._plan, part.arrival_time_ns, count=part.event_count)
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)

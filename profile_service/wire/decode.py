@@ -40,18 +40,21 @@ def decode_events(
     columns: EventColumns | None = None,
     *,
     limits: Limits | None = None,
+    count: int | None = None,
 ) -> EventColumns:
-    """Decodes an IngestEventsRequest that holds only events. An event without a time gets `arrival_time_ns`.
+    """Decodes an IngestEventsRequest that holds only events. An event without a time gets `arrival_time_ns`. Whoever
+    knows their `count` spares a look through the whole message for it.
 
     `columns` of a call before are filled again, and returned, where they are large enough. With `limits` an event must
     obey them, and may not be further ahead of its arrival than they allow; without, any size and any time goes, as in
     a replay.
 
-    Raises InvalidArgument where the bytes are not events alone, or an event is not valid; `columns` are then worth
-    nothing.
+    Raises InvalidArgument where the bytes are not events alone, or not `count` of them, or an event is not valid;
+    `columns` are then worth nothing.
     """
     buffer = as_buffer(events)
-    count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
+    if count is None:
+        count = _count_events(buffer)
     columns = _fitting(columns, plan, buffer, count)
     return _fill(
         buffer, plan, np.array([arrival_time_ns]), np.array([count]), limit_slots(limits, arrival_time_ns), columns
@@ -67,10 +70,7 @@ def decode_batches(
     Raises InvalidArgument as `decode_events` does, or where the numbers of events do not add up.
     """
     buffer = as_buffer(b"".join(batches))
-    count = int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
-    if count != sum(counts):
-        raise InvalidArgument("events", f"says {sum(counts)}, the bytes hold {count}")
-    columns = _fitting(None, plan, buffer, count)
+    columns = _fitting(None, plan, buffer, sum(counts))
     ends = np.cumsum(np.array(counts, np.int64))
     return _fill(buffer, plan, np.array(arrival_times_ns, np.int64), ends, limit_slots(None, 0), columns)
 
@@ -85,6 +85,8 @@ def _fill(
 ) -> EventColumns:
     explained = np.empty(STACKS, np.int64)
     count = columns.count
+    if count == 0 and buffer.size:
+        raise _miscounted(buffer, count)
     decoded = _decode(
         buffer,
         plan.types_table,
@@ -106,14 +108,31 @@ def _fill(
         columns.number,
         explained,
     )
+    if decoded < 0:
+        raise _miscounted(buffer, count)
     if decoded < count:
         field, reason = describe(buffer, explained, plan, int(arrival_times_ns[0]))
         raise InvalidArgument(f"events[{decoded}].{field}" if field else f"events[{decoded}]", reason)
     return columns
 
 
+def _count_events(buffer: NDArray[np.uint8]) -> int:
+    return int(check_frame(buffer, np.iinfo(np.int64).max, events_only=True)[COUNT])
+
+
+def _miscounted(buffer: NDArray[np.uint8], count: int) -> InvalidArgument:
+    """What is wrong with a message that is not `count` events and nothing else: where it is damaged, or their number.
+
+    Raises InvalidArgument in the first case.
+    """
+    return InvalidArgument("events", f"says {count}, the bytes hold {_count_events(buffer)}")
+
+
 def _fitting(columns: EventColumns | None, plan: WirePlan, buffer: NDArray[np.uint8], count: int) -> EventColumns:
     """The given columns where they have room for `count` events of this plan, else new ones with room to spare."""
+    # An event takes two bytes at least: a number that somebody says asks for no more memory than the message could.
+    if not 0 <= 2 * count <= buffer.size:
+        raise _miscounted(buffer, count)
     texts, numbers = plan.text_count, plan.number_count
     if (
         columns is not None
@@ -163,8 +182,9 @@ def _decode(
     number: NDArray[np.float64],
     explained: NDArray[np.int64],
 ) -> int:
-    """Fills the columns from a message whose framing is whole; `count`, or the index of the first event that is not
-    valid, which is then explained. The events before `ends[b]` that no earlier batch has are batch b's.
+    """Fills the columns from a message; `count`, or the index of the first event that is not valid, which is then
+    explained, or -1 where the message is not `count` events and nothing else. The events before `ends[b]` that no
+    earlier batch has are batch b's.
     """
     work = make_work(limits, text_length.shape[0] + number.shape[0])
     id_offset = np.empty(_BLOCK_EVENTS, np.int64)
@@ -176,14 +196,16 @@ def _decode(
         for i in range(first, last):
             while i >= ends[batch]:
                 batch += 1
-            _, begin, end = next_event(buffer, pos, work)
+            tag_at, begin, end = next_event(buffer, pos, work)
+            if tag_at != pos or pos == buffer.size:
+                return to_i64(-1)
             verdict = read_event(
                 buffer, begin, end, types, attributes, names, work, text_offset, text_length, number, i
             )
             if verdict != VALID:
                 explain_event(buffer, begin, end, types, attributes, names, work, text_offset, text_length, number)
                 explained[:] = work[:STACKS]
-                return i
+                return to_i64(i)
             user_offset[i] = work[USER_OFFSET]
             user_length[i] = work[USER_LENGTH]
             type_index[i] = work[TYPE_INDEX]
@@ -198,7 +220,7 @@ def _decode(
             _hash_texts(
                 buffer, text_offset[text, first:last], text_length[text, first:last], text_hash[text, first:last]
             )
-    return count
+    return to_i64(count) if pos == buffer.size else to_i64(-1)
 
 
 @leaf_kernel

@@ -121,3 +121,21 @@ def test_columns_are_filled_again_where_they_have_room() -> None:
 def test_columns_of_another_plan_are_not_filled_again() -> None:
     columns = decode_events(frame([GOOD]), WirePlan.compile(["view"], [], ["a", "b"]), NOW_NS)
     assert decode_events(frame([GOOD]), PLAN, NOW_NS, columns).number.shape[0] == 1
+
+
+@pytest.mark.parametrize("said", [0, 1, 3, 1 << 40, -1])
+def test_another_number_of_events_than_was_said_is_refused(said: int) -> None:
+    assert decode_events(frame([GOOD, GOOD]), PLAN, NOW_NS, count=2).count == 2
+    with pytest.raises(InvalidArgument, match=f"says {said}, the bytes hold 2"):
+        decode_events(frame([GOOD, GOOD]), PLAN, NOW_NS, count=said)
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_damage_is_named_where_the_number_of_events_is_said_too(cut: int) -> None:
+    for message in (frame([GOOD, GOOD])[:-cut], frame([GOOD]) + b"\x12\x01a" + frame([GOOD])):
+        with pytest.raises(InvalidArgument, match="must be well-formed"):
+            decode_events(message, PLAN, NOW_NS, count=2)
+
+
+def test_no_events_are_no_bytes() -> None:
+    assert decode_events(b"", PLAN, NOW_NS, count=0).count == 0
