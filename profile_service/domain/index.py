@@ -359,6 +359,16 @@ def _copy_out(
 
 
 @leaf_kernel
+def _join(
+    buffer: NDArray[np.uint8], offset: NDArray[np.int64], length: NDArray[np.int32], out: NDArray[np.uint8]
+) -> None:
+    at = 0
+    for i in range(len(offset)):
+        copy_bytes(out, at, buffer, offset[i], to_i64(length[i]))
+        at += to_i64(length[i])
+
+
+@leaf_kernel
 def _hash_all(
     buffer: NDArray[np.uint8],
     lengths: NDArray[np.int32],
@@ -427,6 +437,22 @@ class Strings(NamedTuple):
             np.array(lengths, np.int32),
             np.array(list(map(xxhash.xxh64_intdigest, strings)) if keys is None else keys, np.uint64),
         )
+
+    def take(self, chosen: NDArray[np.int64]) -> Strings:
+        """Those at these places; the buffer is shared."""
+        return Strings(self.buffer, self.offset[chosen], self.length[chosen], self.key[chosen])
+
+    def joined(self) -> NDArray[np.uint8]:
+        """Their bytes, one behind the other."""
+        out = np.empty(int(self.length.sum(dtype=np.int64)), np.uint8)
+        _join(self.buffer, self.offset, self.length, out)
+        return out
+
+    def to_list(self) -> list[bytes]:
+        """As strings of Python's."""
+        joined = self.joined().tobytes()
+        ends = np.cumsum(self.length, dtype=np.int64).tolist()
+        return [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class ByteIndex:
@@ -627,6 +653,22 @@ class ByteIndex:
         numbers = np.empty(len(lengths), dtype=np.int64)
         self.find(buffer, offsets, lengths, keys, numbers, insert=True)
         return numbers
+
+    def clear(self) -> None:
+        """Forgets every string; the table keeps its size."""
+        self._slots[: int(self._state[_LONGER]) + self.high_water + 1] = 0
+        homes = int(self._state[_LONGER])
+        self._free[:] = 0
+        self._state[:] = 0
+        self._state[[_HOMES, _LONGER, _FRONTIER]] = homes
+
+    def strings(self) -> Strings:
+        """All strings, in the order of their numbers, of which none was ever given back."""
+        lengths = np.empty(self.high_water, np.int32)
+        joined = np.empty(int(self._state[_ARENA_END]) or 1, np.uint8)
+        _, size = self.copy_strings(0, self.high_water, lengths, joined)
+        offsets, keys = self._hash(lengths, joined[:size])
+        return Strings(joined, offsets, lengths, keys)
 
     def _hash(
         self, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]

@@ -15,7 +15,8 @@ from profile_service.domain.features.base import VIEW_DTYPES, RowViews
 from profile_service.domain.features.categorical import CategoricalFeature
 from profile_service.domain.header import merge_header
 from profile_service.domain.index import ByteIndex, Strings
-from profile_service.domain.layout import Layout
+from profile_service.domain.layout import EVENT_COUNT, Layout
+from profile_service.domain.packing import Packing, pack_rows, unpack_rows
 from profile_service.domain.profile import Encoder, Priors
 from profile_service.domain.schema import Schema
 from userprofile.internal.v1 import population_pb2
@@ -29,6 +30,7 @@ class PopulationRow:
         self.layout = Layout.compile(schema, population=True)
         self.views = self.layout.wide_row()
         """One row, whose `f4` view has 64 bits."""
+        self._packing = Packing.of_population(self.layout)
 
     def copy(self) -> bytes:
         """The row's bytes, for `load`."""
@@ -46,6 +48,31 @@ class PopulationRow:
         for view in self.views:
             view[:] = np.frombuffer(copied, view.dtype, view.size, at).reshape(view.shape)
             at += view.nbytes
+
+    @property
+    def event_count(self) -> int:
+        """Events counted into it."""
+        return int(self.views.i8[0, EVENT_COUNT])
+
+    def pack(self, texts: ByteIndex) -> bytes:
+        """The row as a store holds it; `texts` is what its interned ids stand for."""
+        row = np.frombuffer(self.copy(), np.uint8).reshape(1, -1)
+        (packed,) = pack_rows(self._packing, row, np.zeros(1, np.int64), texts)
+        return packed
+
+    def unpack(self, packed: bytes, texts: ByteIndex) -> None:
+        """Takes what `pack` gave; its texts are interned in `texts`.
+
+        Raises:
+            DataLoss: it is damaged, or of another schema.
+        """
+        self.load(unpack_rows(self._packing, [packed], texts).tobytes())
+
+    def add(self, other: PopulationRow) -> None:
+        """Adds another row's sums, whose interned ids are of the same texts."""
+        merge_header(self.views.i8, 0, other.views.i8, 0)
+        for feature in self.layout.features:
+            feature.merge(self.views, 0, other.views, 0)
 
     def to_state(self, texts: ByteIndex) -> bytes:
         """An encoded PopulationState; `texts` is what the row's interned ids stand for."""

@@ -57,9 +57,13 @@ class ProfileTable:
         most_users: int = MOST_USERS,
         most_texts: int = MOST_TEXTS,
         space: Space | None = None,
+        texts: ByteIndex | None = None,
     ) -> None:
         self.users = ByteIndex(most_users, most_users * USER_ID_BYTES)
-        self.texts = ByteIndex(most_texts, most_texts * USER_ID_BYTES, reuse_by_length=True)
+        self.texts = (
+            texts if texts is not None else ByteIndex(most_texts, most_texts * USER_ID_BYTES, reuse_by_length=True)
+        )
+        """Another table's, where its rows are to move between the two."""
         self._marks: NDArray[np.uint8] | None = None
         """By number of a text that was there when a copy began: whether a row may refer to it. None while nothing is
         copied."""
@@ -122,6 +126,10 @@ class ProfileTable:
         table._bind(schema, layout, rows, population)
         return table
 
+    def clear(self) -> None:
+        """Forgets every user."""
+        self.users.clear()
+
     @property
     def memory_bytes(self) -> int:
         """Bytes in use by rows, indexes and texts."""
@@ -145,6 +153,11 @@ class ProfileTable:
         `received_ns` is when they arrived. The caller has seen `has_room`.
         """
         received = np.full(stop - start, received_ns, dtype=np.int64)
+        self._apply(POPULATION | USERS, columns, start, stop, received, _NO_STAMPS, _NO_STAMPS, self._no_text_ids)
+
+    def apply_each(self, columns: EventColumns, start: int, stop: int, received_ns: NDArray[np.int64]) -> None:
+        """As `apply`, each event with its own time of arrival."""
+        received = received_ns[start:stop]
         self._apply(POPULATION | USERS, columns, start, stop, received, _NO_STAMPS, _NO_STAMPS, self._no_text_ids)
 
     def replay(

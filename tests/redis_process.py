@@ -1,0 +1,80 @@
+"""A Redis server of a test's own, on a free port, that can be killed, paused and started again on what it stored."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+import redis
+
+START_TIMEOUT_S = 20.0
+
+
+class RedisProcess:
+    """`redis-server` that appends to its log before it answers, unless `flags` say otherwise."""
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        program = shutil.which("redis-server")
+        assert program is not None, "make test installs redis-server; apt-get install redis-server does, too"
+        self._directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        always = ("--appendonly", "yes", "--appendfsync", "always")
+        self._command = [program, "--port", str(self.port), "--dir", str(directory), "--save", "", *always, *flags]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.client = redis.Redis(port=self.port, socket_timeout=START_TIMEOUT_S)
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, with what is in its directory; returns when it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.client.ping()
+            except (redis.ConnectionError, redis.exceptions.BusyLoadingError):
+                assert time.monotonic() < deadline, "redis-server does not start"
+                time.sleep(0.02)
+            else:
+                return
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.kill()
+        self._process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open, and nothing answers."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def empty(self) -> None:
+        """Kills it, and removes what it has stored."""
+        self.kill()
+        shutil.rmtree(self._directory)
+        self._directory.mkdir()
+
+    def __enter__(self) -> RedisProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.client.close()
+        self.kill()
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
