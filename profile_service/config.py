@@ -57,6 +57,8 @@ class Capacity:
     """How long an event id is remembered."""
     producer_window_s: float = 7 * 24 * 3600.0
     """How long an idle producer's sequences are remembered."""
+    cached_users_per_shard: int = 500_000
+    """Rows of an external store that a shard keeps near, about; those that were used lately."""
 
 
 SyncMode = Literal["always", "interval", "never"]
@@ -68,6 +70,8 @@ Whichever it is, what is acknowledged was given to the operating system and outl
 class Storage:
     """Where events and profiles are kept, and how soon. All of it may change at a restart."""
 
+    store: str = "local"
+    """Where profiles live: `local`, in the shards and their data directory; or the URL of a Redis or Valkey."""
     data_dir: Path | None = None
     """Directory of log and snapshots; None takes a temporary one, which is gone after a clean stop."""
     sync: SyncMode = "always"
@@ -85,9 +89,16 @@ class Storage:
     reset_features: tuple[str, ...] = ()
     """Features that start empty where the schema's change would otherwise be refused."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether profiles live in the shards."""
+        return self.store == "local"
+
     def validate(self) -> list[str]:
         """Everything that is wrong with it, for people, by flag; empty when nothing is."""
         faults = []
+        if not self.is_local and self.data_dir is not None:
+            faults.append("--data-dir: with --store everything is in the store; leave it out")
         if self.sync not in get_args(SyncMode):
             faults.append(f"--sync: must be one of {', '.join(get_args(SyncMode))}, is {self.sync}")
         if not 0 < self.sync_interval_s <= 3600:

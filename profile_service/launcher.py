@@ -8,6 +8,7 @@ they hold: they are waited for as long as anything moves.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from profile_service.cluster.embedded_ray import EmbeddedRay
 from profile_service.cluster.scratch import ScratchDirectory
-from profile_service.config import Settings
+from profile_service.config import Fixed, Settings
 from profile_service.domain.migrate import compare
 from profile_service.domain.schema import Schema, load_schema, parse_schema
 from profile_service.errors import SchemaError, StartupError
 from profile_service.frontends.ports import bind
+from profile_service.shard.store_opening import open_store
 from profile_service.storage.data_directory import DataDirectory, Holder, Manifest
 from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem
 
@@ -96,11 +98,17 @@ class Service:
         service = cls()
         service._drain_timeout_s = settings.drain_timeout_s
         try:
+            followed = False
+            if not settings.storage.is_local:
+                settings, first_epoch, followed = asyncio.run(service._open_store(settings, schema, progress, stopped))
             directory = service._open_directory(settings)
-            _check_schema(directory, schema, settings)
-            _wait_for_leftovers(directory, progress, stopped)
+            if settings.storage.is_local:
+                _check_schema(directory, schema, settings)
+                _wait_for_leftovers(directory, progress, stopped)
+            else:
+                directory.write_epoch(first_epoch)
             settings = replace(
-                _with_ports(settings, PORT_PATIENCE_S if directory.killed else 0.0),
+                _with_ports(settings, PORT_PATIENCE_S if directory.killed or followed else 0.0),
                 shards=directory.manifest.shards,
                 storage=replace(settings.storage, data_dir=directory.path),
             )
@@ -143,6 +151,32 @@ class Service:
     ) -> None:
         self.stop()
 
+    async def _open_store(
+        self, settings: Settings, schema: Schema, progress: Progress, stopped: Callable[[], bool]
+    ) -> tuple[Settings, int, bool]:
+        """Takes the store for this service, and makes it ready for the schema. Returns the settings with what is fixed
+        in the store, the highest epoch that it knows of, and whether another service had it until a moment ago."""
+        store = open_store(settings)
+        from profile_service.cluster.store_lease import StoreLease
+        from profile_service.shard.stored_schema import prepare
+        from profile_service.storage.redis_store import StoreFault
+
+        try:
+            lease, followed = await StoreLease.take(store, progress, stopped)
+            self._held.callback(lease.release)
+            meta = await prepare(
+                store,
+                schema,
+                reset_features=settings.storage.reset_features,
+                partition_bits=settings.fixed.partition_bits,
+                progress=progress,
+            )
+            return replace(settings, fixed=Fixed(meta.partition_bits)), await store.epoch(), followed
+        except StoreFault as fault:
+            raise StartupError(f"--store: {fault.message}") from None
+        finally:
+            await store.close()
+
     def _open_directory(self, settings: Settings) -> DataDirectory:
         path = settings.storage.data_dir
         if path is None:
@@ -177,7 +211,7 @@ class Service:
         stopped: Callable[[], bool],
     ) -> None:
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
-        warm = _in_thread(lambda: _warm(schema))
+        warm = _in_thread(lambda: _warm(schema, is_local=settings.storage.is_local))
         shards = directory.manifest.shards
         self._ray = EmbeddedRay(workers=shards + RAY_WORKERS)
         warm.result()
@@ -320,11 +354,13 @@ def _with_ports(settings: Settings, patience_s: float) -> Settings:
         time.sleep(POLL_S)
 
 
-def _warm(schema: Schema) -> None:
-    from profile_service.shard.warm import warm_kernels
+def _warm(schema: Schema, *, is_local: bool) -> None:
+    from profile_service.shard.warm import warm_kernels, warm_stored_kernels
     from profile_service.wire.warm import warm_scanning
 
     warm_kernels(schema)
+    if not is_local:
+        warm_stored_kernels(schema)
     warm_scanning()
 
 

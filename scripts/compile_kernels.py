@@ -19,12 +19,13 @@ def main() -> None:
         kept.unlink(missing_ok=True)
 
     from profile_service.domain.schema import load_schema
-    from profile_service.shard.warm import warm_kernels
+    from profile_service.shard.warm import warm_kernels, warm_stored_kernels
     from profile_service.wire.warm import warm_scanning
 
     warm_scanning()
     for name in ("marketplace", "retail"):
         warm_kernels(load_schema(name))
+        warm_stored_kernels(load_schema(name))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.shard.actor import ShardActor, ShardDescription
+from profile_service.shard.store_opening import open_store
 from profile_service.storage.data_directory import EpochFile, Manifest, shard_directory
 from profile_service.storage.fs import RealFileSystem
 
@@ -76,9 +77,13 @@ class CoordinatorActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator %(levelname)s %(message)s")
         assert settings.storage.data_dir is not None, "the launcher has chosen one"
         epochs = EpochFile(RealFileSystem(), settings.storage.data_dir)
+        store = None if settings.storage.is_local else open_store(settings)
 
         async def remember(epoch: int) -> None:
             await asyncio.to_thread(epochs.write, epoch)
+            if store is not None:
+                # For the next service, which has nothing else of this one.
+                await store.raise_epoch(epoch)
 
         places = [ShardLocation(shard_id, "") for shard_id in range(manifest.shards)]
         topology = Topology.even(manifest.partition_bits, places, epoch=max(1, epochs.read()))

@@ -7,7 +7,7 @@ population  the shards' sums are gathered and given to all of them, one round af
 
 How a shard stands, as the coordinator knows it:
 
-    starting ──▶ recovering ──▶ serving ◀──▶ full
+    starting ──▶ recovering ──▶ serving ◀──▶ full, stalled
                      ▲  │          │
                      │  └─▶ failed │ the process ends, or does not answer
                      └─── away ◀───┘
@@ -52,7 +52,7 @@ class Standing:
     """How a shard stands."""
 
     state: str
-    """ "starting", "recovering", "serving", "full", "failed" or "away"."""
+    """ "starting", "recovering", "serving", "full", "stalled", "failed" or "away"."""
     progress: float = 0.0
     """How much of its recovery is done, 0 to 1."""
     message: str = ""
@@ -61,7 +61,7 @@ class Standing:
     @property
     def reads(self) -> bool:
         """Whether it answers questions."""
-        return self.state in ("serving", "full")
+        return self.state in ("serving", "full", "stalled")
 
 
 class ShardDead(Exception):
@@ -193,7 +193,7 @@ class Coordinator:
 
     def _stands(self, shard_id: int, standing: Standing) -> None:
         if standing.state != self._standings[shard_id].state:
-            level = logging.WARNING if standing.state in ("away", "failed", "full") else logging.INFO
+            level = logging.WARNING if standing.state in ("away", "failed", "full", "stalled") else logging.INFO
             logger.log(
                 level, "shard %d is %s%s", shard_id, standing.state, standing.message and f": {standing.message}"
             )
@@ -257,7 +257,7 @@ class Coordinator:
     async def _watch(self, shard_id: int) -> None:
         while True:
             await self._look_at(shard_id)
-            settled = self._standings[shard_id].state in ("serving", "full", "failed")
+            settled = self._standings[shard_id].state in ("serving", "full", "stalled", "failed")
             await asyncio.sleep(WATCH_INTERVAL_S if settled else RETURN_INTERVAL_S)
 
     async def _gather_population(self) -> None:

@@ -22,6 +22,14 @@ DataDir = Annotated[
     Path | None,
     flag("--data-dir", "Directory of log and snapshots; made if missing. Without it nothing is kept after a stop."),
 ]
+Store = Annotated[
+    str,
+    flag(
+        "--store",
+        "Where profiles live: local, or redis://[[user]:password@]host[:port][/db], rediss:// for TLS.",
+        metavar="local|URL",
+    ),
+]
 Shards = Annotated[
     int | None,
     flag("--shards", "Shards; by default what the data directory has, or three for every four cores.", min=1, max=256),
@@ -35,7 +43,7 @@ def serve(
     schema: Schema = "marketplace",
     data_dir: DataDir = None,
     shards: Shards = None,
-    store: Annotated[str, flag("--store", "What holds the profiles: local.")] = "local",
+    store: Store = "local",
     host: Host = "127.0.0.1",
     grpc_port: GrpcPort = 50051,
     http_port: HttpPort = 8080,
@@ -116,6 +124,10 @@ def serve(
     producer_window_s: Annotated[
         float, flag("--producer-window-s", "Seconds that an idle producer is remembered.", panel=_CAPACITY, min=0.0)
     ] = CAPACITY.producer_window_s,
+    cached_users_per_shard: Annotated[
+        int,
+        flag("--cached-users-per-shard", "Rows of an external store that a shard keeps near.", panel=_CAPACITY, min=0),
+    ] = CAPACITY.cached_users_per_shard,
 ) -> None:
     """Runs the whole service on this machine. Ctrl-C drains and stops it; a second one stops it at once.
 
@@ -123,12 +135,12 @@ def serve(
 
     It prints `ready: gRPC HOST:PORT, REST http://HOST:PORT` once it can be used.
     """
-    from profile_service.commands.service import StopSignal, check_store, running
+    from profile_service.commands.service import StopSignal, running
 
-    check_store(store)
     settings = Settings(
         schema_path=schema_file(schema),
         storage=Storage(
+            store=store,
             data_dir=data_dir,
             sync=sync,
             sync_interval_s=sync_interval_s,
@@ -159,10 +171,11 @@ def serve(
             event_ids_per_shard=event_ids_per_shard,
             event_id_window_s=event_id_window_s,
             producer_window_s=producer_window_s,
+            cached_users_per_shard=cached_users_per_shard,
         ),
         drain_timeout_s=drain_timeout_s,
     )
-    if data_dir is None:
+    if data_dir is None and store == "local":
         print(TEMPORARY, flush=True)
     stop = StopSignal()
     with running(settings, stop) as service:

@@ -13,7 +13,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from profile_service.commands.terminal import stderr
-from profile_service.errors import StartupError
 
 if TYPE_CHECKING:
     from profile_service.config import Settings
@@ -73,12 +72,3 @@ def free_port(host: str, port: int, tell: Callable[[str], None]) -> int:
             tell(f"port {port} is taken; a free one is used")
             return 0
     return port
-
-
-def check_store(store: str) -> None:
-    """Refuses what this version cannot keep profiles in."""
-    if store == "local":
-        return
-    if store.startswith(("redis://", "rediss://")):
-        raise StartupError(f"--store {store}: not served by this version yet; leave it out, or say --store local")
-    raise StartupError(f"--store {store}: no such store; known is local")

@@ -19,6 +19,13 @@ _SYNC_MODES = {
     "interval": "synced to disk at intervals",
     "never": "left to the operating system",
 }
+_STORE_SYNC_MODES = {
+    "always": "on its disk before each acknowledgement (appendfsync always)",
+    "everysec": "on its disk within a second (appendfsync everysec)",
+    "no": "left to its operating system (appendfsync no)",
+    "none": "in its memory only (appendonly no)",
+    "unknown": "it does not say how it keeps what it acknowledges",
+}
 
 
 def status(address: Address = DEFAULT_ADDRESS, as_json: Json = False) -> None:
@@ -58,14 +65,23 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
         ("users", f"{answer.user_count:,}"),
         ("events", f"{answer.event_count:,}"),
         ("bytes a user", f"{answer.bytes_per_user:,.0f}"),
-        ("data directory", answer.data_dir),
-        ("log", _SYNC_MODES.get(answer.sync_mode, answer.sync_mode)),
+        *_where(answer),
         ("event ids", f"{answer.dedupe_window_seconds / 3600:g} h, {answer.dedupe_capacity:,} a shard at most"),
         ("topology", f"epoch {answer.epoch}, {len(answer.shards)} shards"),
     ):
         facts.add_row(name, plain(value))
     # One table would not fit into 80 columns.
-    return Group(facts, "", _processes(answer), "", _counted(answer), "", _stored(answer), *_remarks(answer))
+    tables: list[RenderableType] = [_processes(answer), "", _counted(answer)]
+    if answer.store in ("", "local"):
+        tables += ["", _stored(answer)]
+    return Group(facts, "", *tables, *_remarks(answer))
+
+
+def _where(answer: admin_service_pb2.GetStatusResponse) -> list[tuple[str, str]]:
+    """Where profiles live, and how safely."""
+    if answer.store in ("", "local"):
+        return [("data directory", answer.data_dir), ("log", _SYNC_MODES.get(answer.sync_mode, answer.sync_mode))]
+    return [("store", answer.store), ("kept", _STORE_SYNC_MODES.get(answer.sync_mode, answer.sync_mode))]
 
 
 def _processes(answer: admin_service_pb2.GetStatusResponse) -> Table:

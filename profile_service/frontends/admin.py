@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from profile_service import __version__
 from profile_service.clock import Clock
@@ -12,6 +13,7 @@ from profile_service.config import Settings
 from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema
 from profile_service.rpc.requests import parse
+from profile_service.shard.store_opening import shown_store
 from userprofile.internal.v1 import shard_pb2
 from userprofile.v1 import admin_service_pb2
 
@@ -21,7 +23,7 @@ REFRESH_INTERVAL_S = 2.0
 RETURN_INTERVAL_S = 0.1
 """How often a shard that does not serve is asked whether it does."""
 
-READING_STATES = ("serving", "full")
+READING_STATES = ("serving", "full", "stalled")
 
 ShardStatus = admin_service_pb2.GetStatusResponse.ShardStatus
 
@@ -68,15 +70,23 @@ class Admin:
             event_count=sum(shard.event_count for shard in self.last_shards),
             epoch=self._router.topology.epoch,
             shards=self.last_shards,
-            sync_mode=self._settings.storage.sync,
+            sync_mode=self._sync_mode(answers),
             dedupe_window_seconds=self._settings.capacity.event_id_window_s,
             dedupe_capacity=self._settings.capacity.event_ids_per_shard,
-            data_dir=str(self._settings.storage.data_dir or ""),
+            data_dir=str(self._settings.storage.data_dir or "") if self._settings.storage.is_local else "",
+            store=shown_store(self._settings),
         )
         response.start_time.FromNanoseconds(self._start_ns)
         if response.user_count:
             response.bytes_per_user = sum(shard.state_bytes for shard in self.last_shards) / response.user_count
         return response.SerializeToString()
+
+    def _sync_mode(self, answers: Sequence[tuple[ShardLocation, shard_pb2.GetShardStatusResponse | None]]) -> str:
+        """A store's own is what the shards have heard of it."""
+        if self._settings.storage.is_local:
+            return self._settings.storage.sync
+        known = (status.sync_mode for _, status in answers if status is not None)
+        return next((mode for mode in known if mode != "unknown"), "unknown")
 
     async def create_snapshot(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded CreateSnapshotResponse, once every shard has published a snapshot: it takes as long as it takes,

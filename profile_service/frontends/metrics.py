@@ -45,7 +45,7 @@ LATENCY_BUCKETS_S = (
 )  # fmt: skip
 """A read from memory takes about a millisecond, a durable write a few; the ends catch what goes wrong."""
 
-SHARD_STATES = ("serving", "recovering", "full", "failed", "unreachable")
+SHARD_STATES = ("serving", "recovering", "full", "stalled", "failed", "unreachable")
 """What a shard can be in."""
 
 EVENT_FIELDS = ("user_id", "type", "time", "event_id", "attributes")

@@ -29,6 +29,11 @@ class AbsentShard:
         self._sync_mode = sync_mode
         self._health = health
 
+    is_remote = False
+
+    async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
+        """There is nothing."""
+
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:

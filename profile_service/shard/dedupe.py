@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from profile_service.config import Capacity
+from profile_service.domain.decay import NS
 from profile_service.domain.kernel import inlined_kernel, leaf_kernel, prefetch, to_i64
 from profile_service.domain.memory import reserve
 
@@ -76,6 +78,9 @@ class ProducerSequences:
 
     def __len__(self) -> int:
         return len(self._producers)
+
+    def __contains__(self, producer_id: str) -> bool:
+        return producer_id in self._producers
 
     def acknowledged(self, producer_id: str) -> int:
         """The highest sequence up to which the producer is known to be acknowledged everywhere."""
@@ -393,3 +398,54 @@ class EventIdWindow:
         keys = self._ring[np.arange(first, last) % len(self._ring)]
         assert np.array_equal(np.sort(keys), np.sort(self._slots[self._slots != 0]))
         assert all(self._slots[_place(self._slots, key)] == key for key in keys)
+
+
+class Admission:
+    """Decides which events are counted, and notes that they are.
+
+    Args:
+        partitions: of the whole service.
+        capacity: bounds of what is remembered.
+    """
+
+    def __init__(self, partitions: int, capacity: Capacity) -> None:
+        self._partitions = partitions
+        self._bounds = capacity
+        self.duplicate_count = 0
+        """Events left out because they were counted before; what came after the last snapshot is not known to a
+        recovery."""
+        self.forget_admitted()
+
+    def forget_admitted(self) -> None:
+        """Remembers nothing any more."""
+        bounds = self._bounds
+        self.producers = ProducerSequences(self._partitions, int(bounds.producer_window_s * NS))
+        self.event_ids = EventIdWindow(bounds.event_ids_per_shard, int(bounds.event_id_window_s * NS))
+
+    def admit(
+        self,
+        producer_id: str,
+        sequence: int,
+        acknowledged_sequence: int,
+        partitions: NDArray[np.int64],
+        event_id_hashes: NDArray[np.uint64],
+        now_ns: int,
+    ) -> NDArray[np.bool_] | None:
+        """Which events of a part were not counted before, and notes that they now are; None for all of them. A part
+        without events only tells up to where its producer is acknowledged."""
+        fresh = None
+        if producer_id:
+            fresh = self.producers.fresh(producer_id, sequence, partitions, now_ns)
+        chosen = None if fresh is None else np.flatnonzero(fresh)
+        keys = event_id_hashes if chosen is None else event_id_hashes[chosen]
+        if keys.any():
+            new = self.event_ids.admit(keys, now_ns)
+            if new is not None:
+                chosen = np.flatnonzero(new) if chosen is None else chosen[new]
+                fresh = np.zeros(len(event_id_hashes), dtype=np.bool_)
+                fresh[chosen] = True
+        counted = partitions if fresh is None else partitions[fresh]
+        self.duplicate_count += len(partitions) - len(counted)
+        if producer_id and (len(counted) or not len(partitions)):
+            self.producers.note(producer_id, sequence, acknowledged_sequence, counted, now_ns)
+        return fresh

@@ -8,6 +8,8 @@ RECOVERING = "recovering"
 SERVING = "serving"
 FULL = "full"
 """The disk has no room: it reads and does not write."""
+STALLED = "stalled"
+"""The store does not answer: it reads what is near and does not write, until it does."""
 FAILED = "failed"
 """What is stored cannot be used; somebody has to look."""
 
@@ -26,13 +28,17 @@ class Health:
         """So much of the recovery is done."""
         self.progress, self.message = progress, message
 
-    def serving(self) -> None:
+    def serving(self, message: str = "") -> None:
         """It reads and writes."""
-        self.state, self.progress, self.message = SERVING, 1.0, ""
+        self.state, self.progress, self.message = SERVING, 1.0, message
 
     def full(self, message: str) -> None:
         """It reads and does not write."""
         self.state, self.message = FULL, message
+
+    def stalled(self, message: str) -> None:
+        """It waits for its store."""
+        self.state, self.message = STALLED, message
 
     def failed(self, message: str) -> None:
         """It does nothing."""

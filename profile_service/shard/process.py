@@ -1,4 +1,4 @@
-"""One shard's process, but for Ray (`actor.py`): recovers the shard from its directory and serves it.
+"""One shard's process, but for Ray (`actor.py`): recovers the shard from its directory, or from a store, and serves it.
 
     start ─▶ recovering ─▶ serving ◀─▶ full          the process exits when the commit loop ends with an error
                   └──────▶ failed                    and stays when it cannot recover: somebody has to look
@@ -24,6 +24,7 @@ from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import ProfileServiceError
 from profile_service.shard.absent import AbsentShard
 from profile_service.shard.health import Health
+from profile_service.shard.keeping import NoSnapshots
 from profile_service.shard.preload import Preload
 from profile_service.shard.recovery import recover
 from profile_service.shard.service import ShardServer
@@ -31,7 +32,7 @@ from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.startup import Startup
 from profile_service.shard.state import ShardState
-from profile_service.shard.warm import warm_kernels
+from profile_service.shard.warm import warm_kernels, warm_stored_kernels
 from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem, Runner
 from profile_service.storage.wal import LogOptions
 
@@ -103,7 +104,7 @@ class ShardProcess:
         try:
             # Loading the compiled kernels takes half a second, which the first batch shall not wait for.
             warm = asyncio.create_task(asyncio.to_thread(self._warm))
-            shard = await self._recovered_shard()
+            shard = await (self._recovered_shard() if self._settings.storage.is_local else self._stored_shard())
             await warm
         except Exception as error:  # Whatever it is: who asks hears of it, and what is stored stays.
             logger.critical("shard %d cannot recover", self._shard_id, exc_info=error)
@@ -124,6 +125,8 @@ class ShardProcess:
 
     def _warm(self) -> None:
         warm_kernels(self._schema)
+        if not self._settings.storage.is_local:
+            warm_stored_kernels(self._schema)
         self._startup.done("kernels")
 
     def _new_state(self, schema: Schema) -> ShardState:
@@ -175,6 +178,37 @@ class ShardProcess:
                 log_bytes=storage.snapshot_log_bytes,
                 interval_s=storage.snapshot_interval_s,
             ),
+            capacity=capacity,
+            clock=system_clock,
+            health=self.health,
+        )
+
+    async def _stored_shard(self) -> Shard:
+        """A shard whose state is in the store, where it stays until it is asked for."""
+        from profile_service.shard.store_opening import open_store
+        from profile_service.shard.stored_schema import meta_of
+        from profile_service.shard.stored_state import StoredState
+        from profile_service.storage.redis_store import StoreFault
+
+        store, capacity = open_store(self._settings), self._settings.capacity
+        while True:
+            try:
+                sync_mode = await store.sync_mode()
+                break
+            except StoreFault as fault:
+                logger.warning("shard %d waits: %s", self._shard_id, fault.message)
+                self.health.recovering(0.0, f"waits: {fault.message}")
+                await asyncio.sleep(RETRY_S)
+        meta = meta_of(self._schema, self._settings.fixed.partition_bits)
+        state = StoredState(self._schema, store, meta, capacity=capacity, clock=system_clock, sync_mode=sync_mode)
+        return Shard(
+            self._shard_id,
+            partition_bits=meta.partition_bits,
+            owned=self._absent.owned,
+            epoch=self._absent.epoch,
+            state=state,
+            log=state,
+            snapshotter=NoSnapshots(),
             capacity=capacity,
             clock=system_clock,
             health=self.health,

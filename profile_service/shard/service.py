@@ -76,6 +76,13 @@ class ServedShard(Protocol):
 
     epoch: int
 
+    @property
+    def is_remote(self) -> bool:
+        """As Shard.is_remote."""
+
+    async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
+        """As Shard.bring."""
+
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:
@@ -292,10 +299,15 @@ class ShardServer:
 
     async def _profiles(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None) -> list[bytes]:
         if len(user_ids) <= READ_SLICE_USERS:
+            if self._shard.is_remote:
+                await self._shard.bring(user_ids)
             return self._shard.read(user_ids, features, epoch)
         profiles: list[bytes] = []
         for start in range(0, len(user_ids), READ_SLICE_USERS):
-            profiles += self._shard.read(user_ids[start : start + READ_SLICE_USERS], features, epoch)
+            some = user_ids[start : start + READ_SLICE_USERS]
+            if self._shard.is_remote:
+                await self._shard.bring(some)
+            profiles += self._shard.read(some, features, epoch)
             await asyncio.sleep(0)
         return profiles
 
@@ -313,6 +325,8 @@ class ShardServer:
         self, request: shard_pb2.GetProducerRequest, context: ServerContext
     ) -> shard_pb2.GetProducerResponse:
         try:
+            if self._shard.is_remote:
+                await self._shard.bring(producer_ids=[request.producer_id])
             return shard_pb2.GetProducerResponse(acknowledged_sequence=self._shard.acknowledged(request.producer_id))
         except Unavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)

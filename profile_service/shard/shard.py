@@ -38,18 +38,16 @@ from profile_service.errors import (
     StorageFull,
     Unavailable,
 )
-from profile_service.shard.health import FULL, Health
+from profile_service.shard.health import FULL, SERVING, STALLED, Health
+from profile_service.shard.keeping import DurableLog, HeldState, Interrupted, Snapshots
 from profile_service.shard.log_records import (
     RECORD_EVENTS,
     RECORD_FORGET,
     RECORD_OVERHEAD_BYTES,
     encode_forget,
 )
-from profile_service.shard.snapshotter import Snapshotter
-from profile_service.shard.state import ShardState
 from profile_service.storage.fs import DiskFull
 from profile_service.storage.record import MAX_PAYLOAD_BYTES
-from profile_service.storage.wal import WriteAheadLog
 from profile_service.wire.apply_request import ApplyPart, encode_part
 from profile_service.wire.decode import decode_events
 from profile_service.wire.gather import gather_events
@@ -57,6 +55,9 @@ from profile_service.wire.plan import WirePlan
 
 SLICE_EVENTS = 2048
 """Events applied before the loop may turn: about half a millisecond of work."""
+
+FIRST_RETRY_S, LAST_RETRY_S = 0.1, 2.0
+"""When a store that does not answer is asked again, at first and at last."""
 
 LOOK_INTERVAL_S = 1.0
 """How often a shard looks for what time alone brings: profiles to forget, a snapshot that is due, room on a disk that
@@ -147,9 +148,9 @@ class Shard:
         partition_bits: int,
         owned: Iterable[int],
         epoch: int,
-        state: ShardState,
-        log: WriteAheadLog,
-        snapshotter: Snapshotter,
+        state: HeldState,
+        log: DurableLog,
+        snapshotter: Snapshots,
         capacity: Capacity,
         clock: Clock,
         health: Health,
@@ -176,6 +177,8 @@ class Shard:
         self._expiry_row = 0
         self._health = health
         self._look_at_s = 0.0
+        self._retry_s = 0.0
+        """When a store that does not answer is asked next, after the last time."""
         self._lacking_bytes = 0
         """What the disk had no room for, when it is full: less may fit, and is taken."""
         snapshotter.on_ready(self._wake.set)
@@ -198,6 +201,8 @@ class Shard:
             raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
         sender = sender if sender is not None else Sender()
         self._check_epoch(epoch)
+        if self._health.state == STALLED:
+            raise Unavailable(self._health.message, retry_after_s=0.5)
         if self._queued_bytes + size_bytes > self._capacity.shard_queue_bytes and self._queue:
             raise ResourceExhausted(
                 f"shard {self.shard_id} has {self._queued_bytes} bytes waiting to be logged", retry_after_s=0.1
@@ -277,11 +282,41 @@ class Shard:
         self._look_at_s = now_s + LOOK_INTERVAL_S
         if self._health.state == FULL:
             await self._make_room(self._lacking_bytes, 1)
-        else:
+        elif await self._settle(()):
             await self._forget_idle()
+
+    async def _settle(self, group: Sequence[_Submission]) -> bool:
+        """Whether all is known of the state that the group needs; else the group is refused, and the shard stalls."""
+        producer_ids = {part.producer_id for submission in group for part in submission.parts}
+        try:
+            await self._state.settle(self.epoch, self._owned, producer_ids)
+        except Interrupted as interruption:
+            self._stall(interruption)
+            for submission in group:
+                _fail(submission, interruption)
+            return False
+        if self._health.state == STALLED:
+            logger.info("shard %d goes on", self.shard_id)
+            self._retry_s = 0.0
+            self._health.serving(self._state.remark)
+        elif self._health.state == SERVING:
+            self._health.message = self._state.remark
+        return True
+
+    def _stall(self, interruption: Interrupted) -> None:
+        """Takes no writes until the state is settled again."""
+        logger.error("shard %d takes no writes: %s", self.shard_id, interruption.message)
+        if interruption.full:
+            self._health.full(f"shard {self.shard_id} takes no writes: {interruption.message}")
+            return
+        self._health.stalled(f"shard {self.shard_id} takes no writes: {interruption.message}")
+        self._retry_s = min(LAST_RETRY_S, max(FIRST_RETRY_S, 2 * self._retry_s))
+        self._look_at_s = asyncio.get_running_loop().time() + self._retry_s
 
     async def _commit(self, group: list[_Submission]) -> None:
         try:
+            if not await self._settle(group):
+                return
             checked = [(submission, parts) for submission in group if (parts := self._check(submission)) is not None]
             if checked and await self._make_room_for(checked):
                 applicable = [
@@ -294,6 +329,11 @@ class Shard:
                         await self._apply(columns, received_ns)
                     if not submission.done.done():
                         submission.done.set_result(None)
+        except Interrupted as interruption:
+            self._stall(interruption)
+            error = StorageFull(self._health.message, FULL_RETRY_S) if interruption.full else interruption
+            for submission in group:
+                _fail(submission, error)
         except BaseException as error:
             for submission in group:
                 _fail(submission, Unavailable(f"shard {self.shard_id} failed: {error}", retry_after_s=1.0))
@@ -379,7 +419,7 @@ class Shard:
     async def _forget_idle(self) -> None:
         """Removes the users of one stretch of rows who were not heard of for the schema's TTL, by way of the log."""
         table = self._state.table
-        idle = table.idle(self._clock(), self._expiry_row, self._expiry_row + EXPIRY_ROWS)
+        idle = self._state.idle(self._clock(), self._expiry_row, self._expiry_row + EXPIRY_ROWS)
         record = encode_forget(idle)
         if idle and not await self._make_room(sum(map(len, record)), 1):
             return
@@ -399,6 +439,15 @@ class Shard:
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             raise NotMine(f"shard {self.shard_id} is at epoch {self.epoch}, the request at {epoch}", self.epoch)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether what is to be read has to be brought first."""
+        return self._state.is_remote
+
+    async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
+        """Returns when what is asked for of users and producers can be read at once. Raises Unavailable."""
+        await self._state.bring(user_ids, producer_ids)
 
     def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
         """Encoded profiles in the order of `user_ids`, empty for users never seen; all as of one moment.
@@ -453,11 +502,13 @@ class Shard:
             self.epoch = epoch
             self._owned[:] = False
             self._owned[list(owned)] = True
+            self._look_at_s = 0.0
+            self._wake.set()
 
     def status(self) -> ShardCounters:
         """How the shard does."""
         return ShardCounters(
-            user_count=len(self._state.table),
+            user_count=self._state.user_count,
             event_count=self._state.event_count,
             state_bytes=self._state.table.memory_bytes,
             log_position=self._log.position,

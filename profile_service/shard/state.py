@@ -16,26 +16,25 @@ A user in two blocks was removed and came again between the two copies: the late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
-from profile_service.domain.decay import NS
 from profile_service.domain.memory import Space, reserve
 from profile_service.domain.migrate import compare, migrate
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
 from profile_service.errors import ResourceExhausted
-from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
+from profile_service.shard.dedupe import Admission
 from profile_service.shard.replay import ReplayRuns
 from profile_service.shard.state_blocks import StateCopy, load_state
 from profile_service.storage.snapshot import Block
 
 
-class ShardState:
+class ShardState(Admission):
     """The profiles of some partitions' users, and what makes their events count once.
 
     Args:
@@ -45,6 +44,9 @@ class ShardState:
         most_texts: different texts that the rows can refer to.
         space: memory for the rows, where there is some already.
     """
+
+    is_remote = False
+    remark = ""
 
     def __init__(
         self,
@@ -59,13 +61,9 @@ class ShardState:
         assert partitions & (partitions - 1) == 0
         self.schema = schema
         self.table = ProfileTable(schema, most_users=most_users, most_texts=most_texts, space=space)
-        self.producers = ProducerSequences(partitions, int(capacity.producer_window_s * NS))
-        self.event_ids = EventIdWindow(capacity.event_ids_per_shard, int(capacity.event_id_window_s * NS))
+        super().__init__(partitions, capacity)
         self.event_count = 0
         """Events counted, since the shard's beginning."""
-        self.duplicate_count = 0
-        """Events left out because they were counted before; what came after the last snapshot is not known to a
-        recovery."""
         self.newest_stamp = 0
         """The log position that the loaded snapshot needs: a log that ends before it has lost its end."""
         self._stamps: NDArray[np.int64] | None = None
@@ -84,39 +82,26 @@ class ShardState:
         """
         return load_state(blocks, new_state)
 
-    def admit(
-        self,
-        producer_id: str,
-        sequence: int,
-        acknowledged_sequence: int,
-        partitions: NDArray[np.int64],
-        event_id_hashes: NDArray[np.uint64],
-        now_ns: int,
-    ) -> NDArray[np.bool_] | None:
-        """Which events of a part were not counted before, and notes that they now are; None for all of them. A part
-        without events only tells up to where its producer is acknowledged."""
-        fresh = None
-        if producer_id:
-            fresh = self.producers.fresh(producer_id, sequence, partitions, now_ns)
-        chosen = None if fresh is None else np.flatnonzero(fresh)
-        keys = event_id_hashes if chosen is None else event_id_hashes[chosen]
-        if keys.any():
-            new = self.event_ids.admit(keys, now_ns)
-            if new is not None:
-                chosen = np.flatnonzero(new) if chosen is None else chosen[new]
-                fresh = np.zeros(len(event_id_hashes), dtype=np.bool_)
-                fresh[chosen] = True
-        counted = partitions if fresh is None else partitions[fresh]
-        self.duplicate_count += len(partitions) - len(counted)
-        if producer_id and (len(counted) or not len(partitions)):
-            self.producers.note(producer_id, sequence, acknowledged_sequence, counted, now_ns)
-        return fresh
-
     def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:
         """Counts the events `start` to `stop`, which arrived at `received_ns`. The caller has seen the table's
         `has_room`."""
         self.table.apply(columns, start, stop, received_ns)
         self.event_count += stop - start
+
+    @property
+    def user_count(self) -> int:
+        """Users that there are."""
+        return len(self.table)
+
+    async def settle(self, epoch: int, owned: NDArray[np.bool_], producer_ids: Collection[str]) -> None:
+        """Everything is here already."""
+
+    async def bring(self, user_ids: Sequence[str], producer_ids: Collection[str]) -> None:
+        """Everything is here already."""
+
+    def idle(self, now_ns: int, first: int, last: int) -> list[bytes]:
+        """Ids of the users in rows from `first` up to `last` who were not heard of for the schema's TTL."""
+        return self.table.idle(now_ns, first, last)
 
     def forget(self, user_ids: Sequence[bytes], position: int | None = None) -> None:
         """Removes the users' profiles; on replay of the record at `position`, of those that do not hold it already."""

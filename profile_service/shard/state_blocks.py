@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss
@@ -386,5 +387,10 @@ def _aligned(size: int) -> int:
 
 def _describe(table: ProfileTable) -> bytes:
     """Where everything is in a row of a user, and in the population's."""
-    layouts = {"users": describe(table.layout), "population": describe(table.population.layout)}
+    return describe_layouts(table.layout, table.population.layout)
+
+
+def describe_layouts(users: Layout, population: Layout) -> bytes:
+    """The same of these layouts, as JSON."""
+    layouts = {"users": describe(users), "population": describe(population)}
     return json.dumps(layouts).encode()

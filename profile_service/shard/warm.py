@@ -6,8 +6,10 @@ import numpy as np
 
 from profile_service.clock import system_clock
 from profile_service.config import Capacity
+from profile_service.domain.index import Strings
 from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
+from profile_service.shard.row_cache import RowCache
 from profile_service.shard.state import ShardState
 from profile_service.storage.snapshot import Block
 from profile_service.wire.decode import decode_events
@@ -55,6 +57,22 @@ def warm_kernels(schema: Schema) -> None:
         recovered.note("warm", 3, 0, columns.user_hash, columns.event_id_hash, now_ns)
         recovered.replay(columns, np.full(columns.count, position), np.full(columns.count, now_ns))
     recovered.finish_replay()
+
+
+def warm_stored_kernels(schema: Schema) -> None:
+    """As `warm_kernels`, what is needed beside that where rows live in a store: stage, pack, unpack, merge."""
+    now_ns = system_clock()
+    cache = RowCache(schema, most_users=1024, most_run_users=1024)
+    for packed in (b"", cache.table.population.pack(cache.table.texts)):
+        stage = cache.begin(Strings.join([b"u0", b"u1"]))
+        cache.fill(stage, now_ns)
+        rows = cache.pack(stage, 0, len(stage))
+        cache.publish(stage, rows)
+        if packed:
+            cache.turn()
+            cache.find(stage.users)
+            cache.put(stage.users, rows)
+            cache.table.population.unpack(packed, cache.table.texts)
 
 
 def _small_state(schema: Schema) -> ShardState:

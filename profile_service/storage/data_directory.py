@@ -199,6 +199,10 @@ class DataDirectory:
         """The highest epoch ever given out, 0 before the first. Raises DataLoss."""
         return EpochFile(self._fs, self.path).read()
 
+    def write_epoch(self, epoch: int) -> None:
+        """No epoch up to this one is given out any more."""
+        EpochFile(self._fs, self.path).write(epoch)
+
     def mend_epoch(self, backup: Path) -> None:
         """Replaces a damaged epoch by one that is higher than any that was given out, and keeps the old file in
         `backup`."""

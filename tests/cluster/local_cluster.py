@@ -192,6 +192,8 @@ async def until(condition: Callable[[], bool]) -> None:
 class FakeShard:
     """The part of Shard that the server calls, scripted: subclasses override `submit` or `read`."""
 
+    is_remote = False
+
     def __init__(self, shard_id: int, epoch: int, owned: list[int]) -> None:
         self.shard_id = shard_id
         self.epoch = epoch

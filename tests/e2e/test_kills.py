@@ -11,12 +11,13 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
+from profile_service.storage.redis_store import TIMEOUT_S
 from tests.e2e.known_load import (
     PATIENCE_S,
     KnownLoad,
@@ -27,6 +28,7 @@ from tests.e2e.known_load import (
     write_schema,
 )
 from tests.e2e.serving import ServeProcess
+from tests.redis_process import RedisProcess
 
 A_FEW = (
     *("shard",) * 3,
@@ -46,6 +48,9 @@ LIKELIHOOD = {
     "service": 8,
     "command": 7,
 }
+A_FEW_WITH_REDIS = ("shard", "all shards", "frontend", *("redis",) * 2, "redis pauses", "service")
+LIKELIHOOD_WITH_REDIS = {**LIKELIHOOD, "redis": 20, "redis pauses": 10}
+"""`appendfsync always`: what it has answered, it has again."""
 SHARDS = 2
 CHECK_EVERY = 25
 """In a long run all totals are also compared in between."""
@@ -57,21 +62,20 @@ class Victims:
     Each kill returns what was done, for people.
     """
 
-    def __init__(self, directory: Path, drawn: random.Random) -> None:
+    def __init__(self, directory: Path, drawn: random.Random, redis: RedisProcess | None) -> None:
         self._random = drawn
-        self._flags = (
-            "--shards",
-            str(SHARDS),
-            "--data-dir",
-            str(directory / "data"),
-            "--schema",
-            str(write_schema(directory)),
+        self._redis = redis
+        where = (
+            ("--store", redis.url)
+            if redis is not None
             # Small, so that rolls and snapshots happen all the time.
-            "--segment-bytes",
-            str(1 << 20),
-            "--snapshot-log-bytes",
-            str(2 << 20),
+            else (
+                *("--data-dir", str(directory / "data")),
+                *("--segment-bytes", str(1 << 20)),
+                *("--snapshot-log-bytes", str(2 << 20)),
+            )
         )
+        self._flags = ("--shards", str(SHARDS), "--schema", str(write_schema(directory)), *where)
         self.service = ServeProcess(*self._flags)
         self.address = self.service.grpc_address
 
@@ -96,7 +100,24 @@ class Victims:
                 self.service.signal(signal.SIGKILL)
                 self.service.wait()
                 return self._start("the command alone")
+            case "redis":
+                assert self._redis is not None
+                self._redis.kill()
+                time.sleep(self._random.uniform(0.0, 2.0))
+                self._redis.start()
+                return "SIGKILL of Redis, started again"
+            case "redis pauses":
+                return self._pause_redis()
         raise AssertionError(kind)
+
+    def _pause_redis(self) -> str:
+        assert self._redis is not None
+        # Longer than anyone waits for it, too.
+        seconds = self._random.choice((1.0, TIMEOUT_S + 2.0))
+        self._redis.pause()
+        time.sleep(seconds)
+        self._redis.resume()
+        return f"SIGSTOP of Redis for {seconds:.1f} s"
 
     def _named(self, name: str) -> list[int]:
         """Processes of that name; waits for one that is on its way back."""
@@ -128,18 +149,33 @@ class Victims:
 
 
 @pytest.mark.timeout(6 * 3600)
+@pytest.mark.parametrize("store", ["local", "redis"])
 def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
-    request: pytest.FixtureRequest, seed: int, tmp_path: Path, tell: Callable[[str], None]
+    request: pytest.FixtureRequest, seed: int, tmp_path: Path, tell: Callable[[str], None], store: str
 ) -> None:
-    asked = request.config.option.kills
-    say = print if asked is None else tell
-    drawn = random.Random(seed)
-    if asked is None:
-        kinds = list(A_FEW)
-        drawn.shuffle(kinds)
-    else:
-        kinds = drawn.choices(list(LIKELIHOOD), list(LIKELIHOOD.values()), k=asked)
-    victims = Victims(tmp_path, drawn)
+    with contextlib.ExitStack() as held:
+        redis = held.enter_context(RedisProcess(tmp_path / "redis")) if store == "redis" else None
+        asked = request.config.option.kills
+        say = print if asked is None else tell
+        drawn = random.Random(seed)
+        if asked is None:
+            kinds = list(A_FEW if redis is None else A_FEW_WITH_REDIS)
+            drawn.shuffle(kinds)
+        else:
+            likelihood = LIKELIHOOD if redis is None else LIKELIHOOD_WITH_REDIS
+            kinds = drawn.choices(list(likelihood), list(likelihood.values()), k=asked)
+        _kill_under_load(Victims(tmp_path, drawn, redis), drawn, seed, kinds, say, is_long=asked is not None)
+
+
+def _kill_under_load(
+    victims: Victims,
+    drawn: random.Random,
+    seed: int,
+    kinds: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    is_long: bool,
+) -> None:
     try:
         load = KnownLoad(victims.address, seed)
         load.start()
@@ -162,7 +198,7 @@ def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
             back = f"longest pause {pause_s:.2f} s, back in {ended - began:.2f} s"
             line = f"{number} of {len(kinds)}: {kind}: {done}; {back}"
             say(line)
-            if asked is not None and number % CHECK_EVERY == 0:
+            if is_long and number % CHECK_EVERY == 0:
                 say(f"  so far: {load.pause_and_check()}")
         load.finish()
         counted = load.check()

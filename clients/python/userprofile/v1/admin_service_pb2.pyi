@@ -274,7 +274,9 @@ class GetStatusResponse(google.protobuf.message.Message):
         address: builtins.str
         """Where it listens, host:port."""
         state: builtins.str
-        """"serving", "recovering", "full" (the disk has no room: it reads and does not write), "failed" or "unreachable"."""
+        """"serving", "recovering", "full" (the disk, or the store, has no room: it reads and does not write), "stalled" (the
+        store does not answer: it reads what it has near and does not write), "failed" or "unreachable".
+        """
         user_count: builtins.int
         """Users it holds."""
         event_count: builtins.int
@@ -345,6 +347,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     DEDUPE_WINDOW_SECONDS_FIELD_NUMBER: builtins.int
     DEDUPE_CAPACITY_FIELD_NUMBER: builtins.int
     DATA_DIR_FIELD_NUMBER: builtins.int
+    STORE_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The service's version."""
     schema_name: builtins.str
@@ -358,7 +361,9 @@ class GetStatusResponse(google.protobuf.message.Message):
     epoch: builtins.int
     """The topology's epoch."""
     sync_mode: builtins.str
-    """How the log is made durable: "always" (before an acknowledgement), "interval" or "never"."""
+    """How the log is made durable: "always" (before an acknowledgement), "interval" or "never". With a store: when what it
+    answers is on its disk, its `appendfsync` ("always", "everysec" or "no"), "none" where it keeps no log, or "unknown".
+    """
     bytes_per_user: builtins.float
     """Bytes a user, all told: state_bytes over user_count."""
     dedupe_window_seconds: builtins.float
@@ -366,7 +371,9 @@ class GetStatusResponse(google.protobuf.message.Message):
     dedupe_capacity: builtins.int
     """Most event ids that a shard remembers."""
     data_dir: builtins.str
-    """Directory of log and snapshots."""
+    """Directory of log and snapshots; empty with a store."""
+    store: builtins.str
+    """Where profiles live: "local", or the store's URL without its password."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When this frontend started."""
@@ -391,9 +398,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         dedupe_window_seconds: builtins.float = ...,
         dedupe_capacity: builtins.int = ...,
         data_dir: builtins.str = ...,
+        store: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "store", b"store", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
 
 global___GetStatusResponse = GetStatusResponse
 

@@ -396,11 +396,13 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     SNAPSHOT_POSITION_FIELD_NUMBER: builtins.int
     SNAPSHOT_TIME_NS_FIELD_NUMBER: builtins.int
     state: builtins.str
-    """"serving", "recovering", "full" (the disk has no room: it reads and does not write) or "failed"."""
+    """"serving", "recovering", "full" (the disk, or the store, has no room: it reads and does not write), "stalled" (the
+    store does not answer: it reads what it has near and does not write) or "failed".
+    """
     epoch: builtins.int
     """The epoch by which it checks what it is sent."""
     user_count: builtins.int
-    """Users it holds."""
+    """Users it holds. With a store: users that were made there, those among them that have expired."""
     event_count: builtins.int
     """Events it has counted."""
     state_bytes: builtins.int
@@ -420,7 +422,7 @@ class GetShardStatusResponse(google.protobuf.message.Message):
     pid: builtins.int
     """Process id."""
     sync_mode: builtins.str
-    """How its log is made durable: "always", "interval" or "never"."""
+    """How its log is made durable: "always", "interval" or "never"; with a store as GetStatusResponse says."""
     recovery_progress: builtins.float
     """How much of the recovery is done, 0 to 1."""
     message: builtins.str

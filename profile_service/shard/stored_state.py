@@ -1,0 +1,512 @@
+"""A shard's state that lives in a store: what is known here is a cache of it, and may be forgotten at any time.
+
+    settle ─▶ (admit ─▶ append)… ─▶ sync: a run of parts at a time
+                                    fetch the rows that are not here ─▶ count into staged rows ─▶ write each partition
+                                    group in one step ─▶ what was staged can be read
+
+    claim, at the start, after a change of owners and after every fault: a token in each partition group, new each time,
+    fences whoever owned it before; then what the groups hold of requests, event ids and sums is read. Rows and
+    producers are read when they are needed.
+
+After a fault nothing is known of what was admitted since the last answer: the state is then `lost`, and claimed anew
+before the next group. The sequences that were written with the rows tell what the senders' repetitions are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from profile_service.clock import Clock
+from profile_service.config import Capacity
+from profile_service.domain.columns import EventColumns
+from profile_service.domain.decay import NS
+from profile_service.domain.index import Strings
+from profile_service.domain.population import PopulationRow
+from profile_service.domain.schema import Schema
+from profile_service.domain.table import ProfileTable
+from profile_service.errors import Unavailable
+from profile_service.shard.dedupe import MOST_REQUESTS, REQUEST_PREFIX, Admission
+from profile_service.shard.keeping import Interrupted
+from profile_service.shard.log_records import RECORD_EVENTS
+from profile_service.shard.row_cache import RowCache, Stage
+from profile_service.shard.store_records import (
+    decode_requests,
+    encode_event_ids,
+    encode_requests,
+    merged_event_ids,
+)
+from profile_service.storage.fs import DiskFull
+from profile_service.storage.redis_store import (
+    Chunk,
+    GroupState,
+    GroupWrite,
+    Meta,
+    RedisStore,
+    StoreAway,
+    StoreBehind,
+    StoreFault,
+    StoreFull,
+)
+from profile_service.wire.apply_request import ApplyPart, decode_part
+from profile_service.wire.decode import decode_batches
+from profile_service.wire.plan import WirePlan
+
+RUN_EVENTS = 8192
+"""Events that are counted and stored together, at least those of one part: some megabytes of rows."""
+
+MOST_RUN_USERS = 1 << 21
+"""More than a part can have events."""
+
+SLICE_EVENTS = 2048
+"""Events counted before the loop may turn."""
+
+ACKNOWLEDGED, USED = "ack", "used"
+"""Fields of a producer, beside those named by a partition."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Group:
+    """What is known of a partition group that this shard has a part of."""
+
+    number: int
+    partitions: list[int]
+    packed: bytes = b""
+    """The sums that this owner writes, as last written."""
+    writes: int = 0
+
+    @property
+    def segment(self) -> int:
+        """The name of what cannot be split by partition."""
+        return self.partitions[0]
+
+
+class StoredState(Admission):
+    """As `ShardState`, of what is in a store; and as a log, whose `sync` stores what was appended.
+
+    Args:
+        schema: what rows are of.
+        store: where they are.
+        meta: of the store, for one that has to be made anew.
+        cached_users: rows that are kept near.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self,
+        schema: Schema,
+        store: RedisStore,
+        meta: Meta,
+        *,
+        capacity: Capacity,
+        clock: Clock,
+        sync_mode: str = "unknown",
+    ) -> None:
+        super().__init__(1 << meta.partition_bits, capacity)
+        self.schema = schema
+        self.remark = ""
+        self.position = 0
+        """Runs that were written."""
+        self.size_bytes = 0
+        self.sync_mode = sync_mode
+        self._store = store
+        self._meta = meta
+        self._capacity = capacity
+        self._clock = clock
+        self._plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
+        self._shift = np.uint64(64 - meta.partition_bits)
+        self._cache = RowCache(schema, most_users=capacity.cached_users_per_shard, most_run_users=MOST_RUN_USERS)
+        self._owner = ""
+        self._owned = np.zeros(1 << meta.partition_bits, np.bool_)
+        self._lost = False
+        self._full = False
+        self._groups: dict[int, _Group] = {}
+        self._group_of = np.array([store.keys.group_of(p) for p in range(1 << meta.partition_bits)], np.int64)
+        self._users = 0
+        self._pending: list[ApplyPart] = []
+        self._no_sums = self.table.population.copy()
+
+    @property
+    def table(self) -> ProfileTable:
+        """The rows that are here; all of them as the store has them."""
+        return self._cache.table
+
+    @property
+    def user_count(self) -> int:
+        """Users that were made in the store, those that have expired among them."""
+        return self._users
+
+    @property
+    def event_count(self) -> int:
+        """Events counted, since the store's beginning."""
+        return self.table.population.event_count
+
+    # --- taking hold ---
+
+    async def settle(self, epoch: int, owned: NDArray[np.bool_], producer_ids: Collection[str]) -> None:
+        """Returns when this shard is the owner of these partitions for the store, too, and knows what it holds of the
+        producers. Raises Interrupted."""
+        try:
+            while self._lost or not np.array_equal(owned, self._owned):
+                # `owned` may change meanwhile.
+                await self._claim(epoch, owned.copy())
+                await self._know_producers(producer_ids)
+            await self._know_producers(producer_ids)
+        except StoreFault as fault:
+            raise self._interrupted(fault) from fault
+
+    async def bring(self, user_ids: Sequence[str], producer_ids: Collection[str]) -> None:
+        """Returns when the users' rows are in the table, as far as they have any. Raises Unavailable."""
+        users = Strings.join([user_id.encode() for user_id in user_ids])
+        if not self._groups or not self._owned[(users.key >> self._shift).astype(np.int64)].all():
+            raise Unavailable("the shard has not taken its partitions over yet", retry_after_s=0.1)
+        try:
+            if producer_ids:
+                await self._know_producers(producer_ids)
+            if user_ids:
+                await self._fetch(users)
+        except StoreFault as fault:
+            raise Unavailable(fault.message, retry_after_s=0.5) from fault
+
+    async def _claim(self, epoch: int, owned: NDArray[np.bool_]) -> None:
+        self._lost = True
+        if await self._store.read_meta() is None:
+            await self._make_anew()
+        owner = f"{epoch}:{secrets.token_hex(8)}"
+        partitions = np.flatnonzero(owned)
+        by_group = {
+            int(group): partitions[self._group_of[partitions] == group].tolist()
+            for group in np.unique(self._group_of[partitions])
+        }
+        await asyncio.gather(*(self._store.claim(group, mine, mine[0], owner) for group, mine in by_group.items()))
+        held = await asyncio.gather(*(self._store.read_group(group, self.schema.fingerprint) for group in by_group))
+        self._cache.clear()
+        self.forget_admitted()
+        self._users = 0
+        self._groups = {
+            group: self._take_group(group, mine, state)
+            for (group, mine), state in zip(by_group.items(), held, strict=True)
+        }
+        self._load_dedupe(held)
+        self._owned, self._owner, self._lost = owned, owner, False
+
+    async def _make_anew(self) -> None:
+        """The store was emptied, or has come back without what it held."""
+        self.remark = "the store came back empty: what it held before is gone"
+        logger.critical("%s: %s", self._store.url.shown, self.remark)
+        self._meta.store_id = secrets.token_hex(16)
+        await self._store.make_meta(self._meta)
+
+    def _take_group(self, number: int, mine: list[int], state: GroupState) -> _Group:
+        """What the group holds under the segments that are this owner's now goes into the sums of the shard."""
+        texts = self.table.texts
+        group = _Group(number, mine)
+        for segment, packed in state.population.items():
+            if segment in mine:
+                part = PopulationRow(self.schema)
+                part.unpack(packed, texts)
+                self.table.population.add(part)
+                if segment == group.segment:
+                    group.packed = packed
+        self._users += sum(count for segment, count in state.users.items() if segment in mine)
+        return group
+
+    def _load_dedupe(self, held: Sequence[GroupState]) -> None:
+        self.event_ids.load(*merged_event_ids(chunk for state in held for chunk in state.event_ids))
+        requests = [request for state in held for chunk in state.requests for request in decode_requests(chunk)]
+        for request_id, partitions, when in sorted(requests, key=lambda request: request[2]):
+            self.producers.note(request_id, 0, 0, partitions, when)
+
+    async def _know_producers(self, producer_ids: Collection[str]) -> None:
+        unknown = [
+            producer_id
+            for producer_id in producer_ids
+            if producer_id and not producer_id.startswith(REQUEST_PREFIX) and producer_id not in self.producers
+        ]
+        if not unknown or not self._groups:
+            return
+        found = await asyncio.gather(*(self._store.read_producers(group, unknown) for group in self._groups))
+        for number, producer_id in enumerate(unknown):
+            last = np.zeros(len(self._owned), np.int64)
+            acknowledged = used_ns = 0
+            for answers in found:
+                for name, value in answers[number].items():
+                    if name == ACKNOWLEDGED:
+                        acknowledged = max(acknowledged, value)
+                    elif name == USED:
+                        used_ns = max(used_ns, value)
+                    else:
+                        last[int(name)] = value
+            if used_ns and producer_id not in self.producers:
+                self.producers.load_producers([(producer_id, last, acknowledged, used_ns)])
+
+    def _interrupted(self, fault: StoreFault) -> Interrupted:
+        self._lost = True
+        self._full = isinstance(fault, StoreFull)
+        if isinstance(fault, StoreBehind):
+            self.remark = "the store has lost its last writes; profiles are as it has them"
+        return Interrupted(fault.message, full=self._full)
+
+    # --- what the commit loop calls ---
+
+    def apply(self, columns: EventColumns, start: int, stop: int, received_ns: int) -> None:
+        """`sync` has."""
+
+    def idle(self, now_ns: int, first: int, last: int) -> list[bytes]:
+        """The store forgets by itself."""
+        return []
+
+    def forget(self, user_ids: Sequence[bytes], position: int | None = None) -> None:
+        """Nothing is forgotten here."""
+        assert not user_ids
+
+    async def reserve(self, size_bytes: int, records: int) -> None:
+        """Raises DiskFull while the store that was full takes no writes."""
+        if self._full:
+            try:
+                await self._store.probe()
+            except StoreFault as fault:
+                raise DiskFull(fault.message) from fault
+            self._full = False
+
+    def append(self, kind: int, payload: Sequence[bytes | memoryview]) -> None:
+        """A part to be stored by the next `sync`."""
+        assert kind == RECORD_EVENTS
+        self._pending.append(decode_part(b"".join(payload)))
+
+    async def sync(self) -> None:
+        """Returns when the store has everything appended, and it can be read. Raises Interrupted."""
+        pending, self._pending = self._pending, []
+        try:
+            for run in _runs(pending):
+                await self._store_run(run)
+        except StoreFault as fault:
+            raise self._interrupted(fault) from fault
+
+    async def close(self) -> None:
+        """Ends the store's connections."""
+        await self._store.close()
+
+    async def _store_run(self, run: list[ApplyPart]) -> None:
+        """Counts the events of these parts, stores what they change, and lets it be read."""
+        writes: dict[int, GroupWrite] = {}
+        for part in run:
+            if not part.event_count:
+                self._note_acknowledged(writes, part)
+        parts = [part for part in run if part.event_count]
+        if not parts:
+            await self._write(writes)
+            return
+        events = self._decode(parts)
+        for number in np.unique(events.group).tolist():
+            self._write_of(writes, number)
+        self._note_admitted(writes, parts, events)
+        stage, known = await self._stage(events.columns)
+        try:
+            await self._count(writes, stage, events)
+            packed = await self._write_rows(writes, stage, known)
+        except BaseException:
+            self._cache.drop(stage.users)
+            raise
+        self._cache.publish(stage, packed)
+        self.table.replay_population(events.columns, events.received_ns)
+
+    def _decode(self, parts: Sequence[ApplyPart]) -> _Events:
+        counts = [part.event_count for part in parts]
+        arrivals_ns = np.array([part.arrival_time_ns for part in parts], np.int64)
+        columns = decode_batches([part.events for part in parts], counts, self._plan, arrivals_ns.tolist())
+        part = np.repeat(np.arange(len(parts)), counts)
+        partition = (columns.user_hash[: columns.count] >> self._shift).astype(np.int64)
+        group = self._group_of[partition]
+        order = np.argsort(group, kind="stable")
+        part = part[order]
+        return _Events(columns.select(order), part, partition[order], group[order], arrivals_ns[part])
+
+    async def _stage(self, columns: EventColumns) -> tuple[Stage, NDArray[np.bool_]]:
+        """The rows of the events' users, and which of these had one."""
+        users = Strings(columns.buffer, columns.user_offset, columns.user_length, columns.user_hash)
+        self._cache.make_room(columns.count, len(columns.buffer))
+        # Else readers could turn a small cache again and again.
+        self._cache.pinned = True
+        try:
+            while True:
+                stage = self._cache.begin(users)
+                known = await self._fetch(stage.users)
+                if self._cache.holds(stage):
+                    self._cache.fill(stage, self._clock())
+                    return stage, known
+        finally:
+            self._cache.pinned = False
+
+    async def _fetch(self, users: Strings) -> NDArray[np.bool_]:
+        """Brings rows that are not here; returns which users have one."""
+        while True:
+            generation = self._cache.generation
+            found = self._cache.find(users)
+            missing = np.flatnonzero(~found)
+            if not len(missing):
+                return found
+            group = self._group_of[(users.key[missing] >> self._shift).astype(np.int64)]
+            asked = [(number, missing[group == number]) for number in np.unique(group).tolist()]
+            answers = await asyncio.gather(
+                *(
+                    self._store.fetch(number, self.schema.fingerprint, users.take(which).to_list())
+                    for number, which in asked
+                )
+            )
+            if self._cache.generation > generation + 1:
+                # What was stored meanwhile may have come and gone.
+                continue
+            rows = dict(zip(np.concatenate([which for _, which in asked]).tolist(), chain(*answers), strict=True))
+            stored = np.array([place for place, row in rows.items() if row is not None], np.int64)
+            # What somebody else brought meanwhile, or stored, is not older.
+            lacking = stored[~self._cache.find(users.take(stored))]
+            packed = [row for place in lacking.tolist() if (row := rows[place]) is not None]
+            self._cache.make_room(len(packed), sum(map(len, packed)))
+            self._cache.put(users.take(lacking), packed)
+            found[stored] = True
+            return found
+
+    async def _count(self, writes: dict[int, GroupWrite], stage: Stage, events: _Events) -> None:
+        table = stage.table
+        for number, write in writes.items():
+            first, last = np.searchsorted(events.group, [number, number + 1]).tolist()
+            if first == last:
+                continue
+            packed = self._groups[number].packed
+            if packed:
+                table.population.unpack(packed, table.texts)
+            else:
+                table.population.load(self._no_sums)
+            for start in range(first, last, SLICE_EVENTS):
+                table.apply_each(events.columns, start, min(start + SLICE_EVENTS, last), events.received_ns)
+                await asyncio.sleep(0)
+            write.population = table.population.pack(table.texts)
+
+    async def _write_rows(self, writes: dict[int, GroupWrite], stage: Stage, known: NDArray[np.bool_]) -> list[bytes]:
+        """Writes the stage's rows, which stand by group, and returns them as written."""
+        group = self._group_of[(stage.users.key >> self._shift).astype(np.int64)]
+        user_ids = stage.users.to_list()
+        packed: list[bytes] = []
+        for number in sorted(writes):
+            first, last = np.searchsorted(group, [number, number + 1]).tolist()
+            write = writes[number]
+            write.user_ids = user_ids[first:last]
+            write.rows = self._cache.pack(stage, first, last)
+            write.new_users = int(last - first - np.count_nonzero(known[first:last]))
+            packed += write.rows
+        await self._write(writes)
+        return packed
+
+    async def _write(self, writes: dict[int, GroupWrite]) -> None:
+        """Writes to each group. Where one fails, so does all of it, when it is known of the others."""
+        done = await asyncio.gather(
+            *(self._store.write(self._owner, write) for write in writes.values()), return_exceptions=True
+        )
+        faults = [answer for answer in done if isinstance(answer, BaseException)]
+        for fault in faults:
+            if not isinstance(fault, StoreFault):
+                raise fault
+        if faults:
+            full = [fault for fault in faults if isinstance(fault, StoreFull)]
+            if len(full) == len(done):
+                raise full[0]
+            if len(full) == len(faults):
+                raise StoreAway(f"a part of a group was stored, the rest was not: {full[0].message}") from full[0]
+            raise next(fault for fault in faults if not isinstance(fault, StoreFull))
+        for number, write in writes.items():
+            group = self._groups[number]
+            group.writes += 1
+            group.packed = write.population or group.packed
+            self._users += write.new_users
+        self.position += 1
+
+    def _write_of(self, writes: dict[int, GroupWrite], number: int) -> GroupWrite:
+        """What is written to a group, begun where nothing is yet."""
+        if number not in writes:
+            group = self._groups[number]
+            ttl_s = self.schema.ttl_s
+            writes[number] = GroupWrite(
+                group=number,
+                partitions=group.partitions,
+                segment=group.segment,
+                writes=group.writes,
+                fingerprint=self.schema.fingerprint,
+                row_ms=0 if ttl_s is None else max(1, int(ttl_s * 1000)),
+                producer_ms=max(1, int(self._capacity.producer_window_s * 1000)),
+            )
+        return writes[number]
+
+    def _note_acknowledged(self, writes: dict[int, GroupWrite], part: ApplyPart) -> None:
+        """Notes up to where a producer is acknowledged, in the group that has its name, or in any."""
+        number = int(self._group_of[xxhash.xxh64_intdigest(part.producer_id.encode()) >> int(self._shift)])
+        write = self._write_of(writes, number if number in self._groups else min(self._groups))
+        self._fields_of(write, part)
+
+    def _fields_of(self, write: GroupWrite, part: ApplyPart) -> dict[str, int]:
+        fields = write.producers.setdefault(part.producer_id, {})
+        fields[ACKNOWLEDGED] = max(part.acknowledged_sequence, self.producers.acknowledged(part.producer_id))
+        fields[USED] = max(part.arrival_time_ns, fields.get(USED, 0))
+        return fields
+
+    def _note_admitted(self, writes: dict[int, GroupWrite], parts: Sequence[ApplyPart], events: _Events) -> None:
+        """Adds to the writes what makes the events count once."""
+        bounds, owned = self._capacity, len(self._groups)
+        requests: dict[int, list[tuple[str, list[int], int]]] = {}
+        pairs = np.unique(events.part * len(self._owned) + events.partition)
+        for number, pair in zip(*(array.tolist() for array in np.divmod(pairs, len(self._owned))), strict=True):
+            part, group = parts[number], int(self._group_of[pair])
+            if part.producer_id.startswith(REQUEST_PREFIX):
+                listed = requests.setdefault(group, [])
+                if not listed or listed[-1][0] != part.producer_id:
+                    listed.append((part.producer_id, [], part.arrival_time_ns))
+                listed[-1][1].append(pair)
+            elif part.producer_id:
+                fields = self._fields_of(writes[group], part)
+                fields[str(pair)] = max(part.sequence, fields.get(str(pair), 0))
+        now_s = self._clock() // NS
+        for group, listed in requests.items():
+            data, oldest_s = encode_requests(listed), now_s - int(bounds.producer_window_s)
+            writes[group].requests = Chunk(data, len(listed), MOST_REQUESTS // owned, max(0, oldest_s))
+        keys = events.columns.event_id_hash
+        for place in np.unique(events.group[keys != 0]).tolist():
+            chosen = (events.group == place) & (keys != 0)
+            data, count = encode_event_ids(keys[chosen], events.received_ns[chosen]), int(chosen.sum())
+            most, oldest_s = max(1, bounds.event_ids_per_shard // owned), now_s - int(bounds.event_id_window_s)
+            writes[place].event_ids = Chunk(data, count, most, max(0, oldest_s))
+
+
+@dataclass
+class _Events:
+    """Events of a run, those of a partition group together; by event: its part, partition, group and arrival."""
+
+    columns: EventColumns
+    part: NDArray[np.int64]
+    partition: NDArray[np.int64]
+    group: NDArray[np.int64]
+    received_ns: NDArray[np.int64]
+
+
+def _runs(parts: Sequence[ApplyPart]) -> Iterator[list[ApplyPart]]:
+    """Neighbours together, up to some number of events."""
+    run: list[ApplyPart] = []
+    events = 0
+    for part in parts:
+        if run and events + part.event_count > RUN_EVENTS:
+            yield run
+            run, events = [], 0
+        run.append(part)
+        events += part.event_count
+    if run:
+        yield run
