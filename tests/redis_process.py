@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import redis
 
@@ -27,7 +28,8 @@ class RedisProcess:
         always = ("--appendonly", "yes", "--appendfsync", "always")
         self._command = [program, "--port", str(self.port), "--dir", str(directory), "--save", "", *always, *flags]
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        self.client = redis.Redis(port=self.port, socket_timeout=START_TIMEOUT_S)
+        # Untyped: what it answers depends on how it decodes.
+        self.client: Any = redis.Redis(port=self.port, socket_timeout=START_TIMEOUT_S)
         self.start()
 
     def start(self) -> None:

@@ -28,6 +28,7 @@ from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits
 from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
+from profile_service.rpc.query import Reader
 from profile_service.wire.apply_request import ApplyPart
 from profile_service.wire.gather import gather, split_by_owner
 from profile_service.wire.scan import ScannedBatch
@@ -38,6 +39,9 @@ PATIENCE_S = 10.0
 
 FIRST_RETRY_S = 0.02
 LAST_RETRY_S = 0.1
+AWAY_AFTER_S = 0.5
+"""An owner that has not answered a question for so long is taken for away, where the profiles can be read elsewhere."""
+
 CONTROL_TIMEOUT_S = 2.0
 FIRST_TOPOLOGY_TIMEOUT_S = 15.0
 """A coordinator that starts looks for its shards first."""
@@ -50,6 +54,7 @@ class Router:
 
     Args:
         source: asks the coordinator for the topology.
+        away: where profiles are read whose owner does not answer; None where there is no other place.
         scan: scans an encoded batch again as of a time in nanoseconds, when its users have new owners.
     """
 
@@ -59,8 +64,10 @@ class Router:
         scan: Callable[[bytes | memoryview, int], ScannedBatch],
         limits: Limits,
         capacity: Capacity,
+        away: Reader | None = None,
     ) -> None:
         self._source = source
+        self._away = away
         self._scan = scan
         self._limits = limits
         self._capacity = capacity
@@ -206,10 +213,11 @@ class Router:
             asked = self._split_users(user_ids, missing)
             questions = [link.reads.ask([user_ids[i] for i in indexes], features) for link, indexes in asked]
             # A task a question is for questions to several owners; most reads have one.
+            patience_s = None if self._away is None else AWAY_AFTER_S
             if len(questions) == 1:
-                answers = [await _answer_or_error(questions[0])]
+                answers = [await _answer_or_error(questions[0], patience_s)]
             else:
-                answers = await asyncio.gather(*(_answer_or_error(question) for question in questions))
+                answers = await asyncio.gather(*(_answer_or_error(question, patience_s) for question in questions))
             failure: ProfileServiceError | None = None
             missing.clear()
             for (_, indexes), answer in zip(asked, answers, strict=True):
@@ -221,6 +229,14 @@ class Router:
                 else:
                     for index, profile in zip(indexes, answer, strict=True):
                         profiles[index] = profile
+            if failure is not None and self._away is not None:
+                try:
+                    found = await self._away.read([user_ids[i] for i in missing], features)
+                except Unavailable as error:
+                    return error
+                for index, profile in zip(missing, found, strict=True):
+                    profiles[index] = profile
+                return None
             return failure
 
         await self._until_answered(attempt, deadline_s)
@@ -238,7 +254,12 @@ class Router:
             try:
                 found[:] = await links[(turn - 1) % len(links)].reads.ask([], features, population=True)
             except Unavailable as error:
-                return error
+                if self._away is None or turn < len(links):
+                    return error
+                try:
+                    found[:] = [await self._away.population(features)]
+                except Unavailable as unavailable:
+                    return unavailable
             return None
 
         await self._until_answered(attempt, deadline_s)
@@ -392,9 +413,16 @@ class Router:
                 retry_s = min(2 * retry_s, LAST_RETRY_S)
 
 
-async def _answer_or_error(question: Awaitable[list[bytes]]) -> list[bytes] | ProfileServiceError:
+async def _answer_or_error(
+    question: Awaitable[list[bytes]], patience_s: float | None
+) -> list[bytes] | ProfileServiceError:
     try:
-        return await question
+        if patience_s is None:
+            return await question
+        async with asyncio.timeout(patience_s):
+            return await question
+    except TimeoutError:
+        return Unavailable(f"no answer within {patience_s:g} s", retry_after_s=0.1)
     except ProfileServiceError as error:
         return error
 

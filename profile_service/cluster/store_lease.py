@@ -46,7 +46,7 @@ class StoreLease:
             StoreFault: the store cannot be asked.
         """
         lease = cls(store.url)
-        give_up_at = time.monotonic() + 2 * LEASE_MS / 1000
+        give_up_at = time.monotonic() + LEASE_MS / 1000 + RENEW_S
         waited = False
         while (other := await store.take_lease(lease._who)) is not None and not stopped():
             holder = Holder.describe(other.rpartition(" ")[0])

@@ -16,6 +16,7 @@ from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.frontends.server import Frontend
+from profile_service.shard.warm import warm_stored_kernels
 from profile_service.wire.warm import warm_scanning
 
 FAILED_EXIT_STATUS = 70
@@ -45,6 +46,8 @@ class FrontendActor:
             current: Topology = await coordinator.topology.remote()
             return current
 
+        self._schema = schema
+        self._is_local = settings.storage.is_local
         self._frontend = Frontend(schema, settings, topology, system_clock)
         self._started = asyncio.create_task(self._start())
 
@@ -57,7 +60,7 @@ class FrontendActor:
     async def _start(self) -> None:
         # Loading the compiled kernels takes a moment, which the first batch shall not wait for.
         try:
-            await asyncio.gather(self._frontend.start(), asyncio.to_thread(warm_scanning))
+            await asyncio.gather(self._frontend.start(), asyncio.to_thread(self._warm))
             spare_what_stays()
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -66,6 +69,11 @@ class FrontendActor:
                 await asyncio.sleep(RESTART_PAUSE_S)
                 os._exit(FAILED_EXIT_STATUS)
             raise
+
+    def _warm(self) -> None:
+        warm_scanning()
+        if not self._is_local:
+            warm_stored_kernels(self._schema)
 
     async def drain(self) -> None:
         """Answers everything accepted, then serves no more. One that never served has nothing to answer."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import TYPE_CHECKING
 
 import grpc
 import uvicorn
@@ -29,9 +30,13 @@ from profile_service.frontends.metrics import Metrics
 from profile_service.frontends.ports import bind, port_fault
 from profile_service.frontends.rest.app import build_app
 from profile_service.rpc.status import abort
+from profile_service.shard.store_opening import open_store
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.scan import scan_batch
 from userprofile.v1 import admin_service_pb2, event_service_pb2, profile_service_pb2
+
+if TYPE_CHECKING:
+    from profile_service.shard.stored_profiles import StoredProfiles
 
 OVERSIZE_FACTOR = 2
 """gRPC itself refuses what is so many times the limit; what is less over it is refused by us, and says by which
@@ -70,11 +75,13 @@ class Frontend:
     ) -> None:
         plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         self._settings = settings
+        self._away = None if settings.storage.is_local else _stored_profiles(schema, settings, clock)
         self._router = Router(
             source,
             lambda events, now_ns: scan_batch(events, plan, settings.limits, now_ns),
             settings.limits,
             settings.capacity,
+            self._away,
         )
         self._metrics = Metrics()
         self.api = Api(self._router, schema, settings, self._metrics, clock)
@@ -149,6 +156,8 @@ class Frontend:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._router.close()
+        if self._away is not None:
+            await self._away.close()
 
     def _bind_grpc(self) -> int:
         port = self._settings.grpc_port
@@ -169,6 +178,12 @@ class Frontend:
                 if known:
                     self._healthy.set()
             await asyncio.sleep(HEALTH_INTERVAL_S)
+
+
+def _stored_profiles(schema: Schema, settings: Settings, clock: Clock) -> StoredProfiles:
+    from profile_service.shard.stored_profiles import StoredProfiles
+
+    return StoredProfiles(schema, open_store(settings), clock)
 
 
 class _HttpServer(uvicorn.Server):

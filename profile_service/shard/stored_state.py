@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -270,6 +270,12 @@ class StoredState(Admission):
     def forget(self, user_ids: Sequence[bytes], position: int | None = None) -> None:
         """Nothing is forgotten here."""
         assert not user_ids
+
+    def on_failure(self, failed: Callable[[], None]) -> None:
+        """Nothing fails here between two groups."""
+
+    def check(self) -> None:
+        """Nothing fails here between two groups."""
 
     async def reserve(self, size_bytes: int, records: int) -> None:
         """Raises DiskFull while the store that was full takes no writes."""

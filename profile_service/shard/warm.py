@@ -7,6 +7,7 @@ import numpy as np
 from profile_service.clock import system_clock
 from profile_service.config import Capacity
 from profile_service.domain.index import Strings
+from profile_service.domain.packed_profiles import PackedProfiles
 from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
 from profile_service.shard.row_cache import RowCache
@@ -60,7 +61,8 @@ def warm_kernels(schema: Schema) -> None:
 
 
 def warm_stored_kernels(schema: Schema) -> None:
-    """As `warm_kernels`, what is needed beside that where rows live in a store: stage, pack, unpack, merge."""
+    """What is needed where rows live in a store, by shards beside `warm_kernels` and by frontends: stage, pack, unpack,
+    read."""
     now_ns = system_clock()
     cache = RowCache(schema, most_users=1024, most_run_users=1024)
     for packed in (b"", cache.table.population.pack(cache.table.texts)):
@@ -72,7 +74,8 @@ def warm_stored_kernels(schema: Schema) -> None:
             cache.turn()
             cache.find(stage.users)
             cache.put(stage.users, rows)
-            cache.table.population.unpack(packed, cache.table.texts)
+            reader = PackedProfiles(schema, 2)
+            reader.profiles(["u0", "u1"], rows, now_ns, (), reader.population([packed]))
 
 
 def _small_state(schema: Schema) -> ShardState:

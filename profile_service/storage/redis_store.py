@@ -298,14 +298,19 @@ class RedisStore:
         """What a group holds beside rows and producers."""
         counters, population, requests, event_ids = await asyncio.gather(
             self._call("HGETALL", self.keys.of_group(group, "counters")),
-            self._call("HGETALL", self.keys.population(group, fingerprint)),
+            self.read_population(group, fingerprint),
             self._call("LRANGE", self.keys.of_group(group, "requests"), 0, -1),
             self._call("LRANGE", self.keys.of_group(group, "event-ids"), 0, -1),
         )
         users = {
             int(name.partition(b":")[2]): int(value) for name, value in counters.items() if name.startswith(b"users:")
         }
-        return GroupState({int(segment): state for segment, state in population.items()}, users, requests, event_ids)
+        return GroupState(population, users, requests, event_ids)
+
+    async def read_population(self, group: int, fingerprint: str) -> dict[int, bytes]:
+        """The sums of a group, by segment."""
+        found = await self._call("HGETALL", self.keys.population(group, fingerprint))
+        return {int(segment): packed for segment, packed in found.items()}
 
     async def read_producers(self, group: int, producer_ids: Sequence[str]) -> list[dict[str, int]]:
         """What a group knows of each producer, by field; empty for one that it does not know."""
@@ -431,10 +436,9 @@ class RedisStore:
         """A piece of the keys on the node that has this one."""
         where = {"target_nodes": self._redis.get_node_from_key(_text(key))} if self.url.cluster else {}
         command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS)
-        answer: Any = await self._guard(self._redis.execute_command(*command, **where))
-        if isinstance(answer, dict):
-            ((_, answer),) = answer.items()
-        return int(answer[0]), answer[1]
+        following, found = await self._guard(self._redis.execute_command(*command, **where))
+        # A cluster's client says it by node.
+        return int(next(iter(following.values())) if isinstance(following, dict) else following), found
 
     async def _call(self, *command: Any) -> Any:
         return await self._guard(self._redis.execute_command(*command))

@@ -1,12 +1,18 @@
-"""What is told of a store's URL, and how its keys are named."""
+"""What is told of a store's URL, how its keys are named, how it is reached: by TLS, with a password, on a cluster."""
 
 from __future__ import annotations
 
+import asyncio
+import time
+from pathlib import Path
+
 import pytest
+import trustme
 
 from profile_service.errors import StartupError
 from profile_service.storage.redis_keys import GROUPS, Keys
-from profile_service.storage.redis_store import StoreUrl
+from profile_service.storage.redis_store import GroupWrite, RedisStore, StoreAway, StoreUrl
+from tests.redis_process import RedisProcess, free_port
 
 
 @pytest.mark.parametrize(
@@ -59,3 +65,87 @@ def test_all_keys_of_a_group_have_one_hash_tag_whatever_the_user_is_called() -> 
         keys.of_group(3, "owners"),
     ]
     assert {name[name.index(b"{") : name.index(b"}") + 1] for name in names} == {b"{g03}"}
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path, authority: trustme.CA) -> None:
+    certificate = authority.issue_cert("localhost")
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
+    authority.cert_pem.write_to_path(files["ca"])
+    certificate.cert_chain_pems[0].write_to_path(files["cert"])
+    certificate.private_key_pem.write_to_path(files["key"])
+    tls_port = free_port()
+    flags = [
+        *("--tls-port", str(tls_port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files["ca"])),
+        *("--tls-cert-file", str(files["cert"]), "--tls-key-file", str(files["key"])),
+    ]
+    with RedisProcess(tmp_path / "redis", *flags) as server:
+        server.client.config_set("requirepass", "secret")
+        url = f"rediss://:secret@localhost:{tls_port}/0?ssl_ca_certs={files['ca']}"
+        store = RedisStore(StoreUrl.parse(url), 8)
+        assert await store.read_meta() is None
+        assert await store.sync_mode() == "always"
+        await store.close()
+        for wrong in (url.replace("secret", "guess"), f"rediss://:secret@localhost:{tls_port}/0"):
+            store = RedisStore(StoreUrl.parse(wrong), 8)
+            with pytest.raises(StoreAway, match=r"password|certificate") as refused:
+                await store.read_meta()
+            assert "guess" not in refused.value.message
+            await store.close()
+
+
+async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path) -> None:
+    # A bus of its own choice would be 10,000 above its port, which may be none.
+    buses = [free_port(), free_port()]
+    flags = [("--cluster-enabled", "yes", "--cluster-port", str(bus)) for bus in buses]
+    with RedisProcess(tmp_path / "a", *flags[0]) as first, RedisProcess(tmp_path / "b", *flags[1]) as second:
+        first.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
+        second.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
+        first.client.execute_command("CLUSTER", "MEET", "127.0.0.1", second.port, buses[1])
+        deadline = time.monotonic() + 20.0
+        while any(b"state:ok" not in _cluster_info(node) for node in (first, second)):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{first.port}/0?cluster=true"), 8)
+        for group in range(store.keys.groups):
+            partitions = [p for p in range(256) if store.keys.group_of(p) == group]
+            await store.claim(group, partitions, partitions[0], "3:me")
+            users = [f"{group}-{n}".encode() for n in range(50)]
+            await store.write(
+                "3:me",
+                GroupWrite(
+                    group=group,
+                    partitions=partitions,
+                    segment=partitions[0],
+                    writes=0,
+                    fingerprint="f",
+                    row_ms=60_000,
+                    producer_ms=60_000,
+                    population=b"sums",
+                    new_users=50,
+                    producers={"p": {str(partitions[0]): 7}},
+                    user_ids=users,
+                    rows=[b"row " + user for user in users],
+                ),
+            )
+            assert await store.fetch(group, "f", [*users, b"nobody"]) == [*(b"row " + user for user in users), None]
+            assert await store.read_producers(group, ["p", "q"]) == [{str(partitions[0]): 7}, {}]
+            held = await store.read_group(group, "f")
+            assert (held.population, held.users) == ({partitions[0]: b"sums"}, {partitions[0]: 50})
+            seen = [user async for piece in store.scan_rows(group, "f") for user in piece]
+            assert sorted(set(seen)) == sorted(users)
+            await store.move_rows(group, "f", "g", users, [b"new"] * 50, [0] * 50)
+            assert await store.fetch(group, "g", users[:1]) == [b"new"]
+        await store.raise_epoch(9)
+        assert await store.epoch() == 9
+        await store.close()
+        # Both have had their share.
+        assert all(node.client.dbsize() > 100 for node in (first, second))
+
+
+def _cluster_info(node: RedisProcess) -> bytes:
+    return repr(node.client.execute_command("CLUSTER", "INFO")).replace("': '", ":").encode()
