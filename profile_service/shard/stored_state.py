@@ -198,7 +198,7 @@ class StoredState(Admission):
             group: self._take_group(group, mine, state)
             for (group, mine), state in zip(by_group.items(), held, strict=True)
         }
-        self._load_dedupe(held)
+        self._load_dedupe(held, await self._store.carried())
         self._owned, self._owner, self._lost = owned, owner, False
 
     async def _make_anew(self) -> None:
@@ -222,8 +222,9 @@ class StoredState(Admission):
         self._users += sum(count for segment, count in state.users.items() if segment in mine)
         return group
 
-    def _load_dedupe(self, held: Sequence[GroupState]) -> None:
-        self.event_ids.load(*merged_event_ids(chunk for state in held for chunk in state.event_ids))
+    def _load_dedupe(self, held: Sequence[GroupState], carried: Sequence[bytes]) -> None:
+        chunks = chain(carried, *(state.event_ids for state in held))
+        self.event_ids.load(*merged_event_ids(chunks))
         requests = [request for state in held for chunk in state.requests for request in decode_requests(chunk)]
         for request_id, partitions, when in sorted(requests, key=lambda request: request[2]):
             self.producers.note(request_id, 0, 0, partitions, when)

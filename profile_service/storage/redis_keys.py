@@ -2,6 +2,7 @@
 
     P:meta                               hash: what the store was made with, and the schemas that its rows are of
     P:epoch   P:lease                    the highest epoch given out; which service has the store
+    P:event-ids                          list of chunks that were brought from elsewhere, for every owner; expires
 
     for each partition group, its partitions being neighbours; they share the hash tag {g}, and so a node of a cluster:
 
@@ -53,6 +54,10 @@ class Keys:
     @property
     def lease(self) -> bytes:
         return f"{self.prefix}:lease".encode()
+
+    @property
+    def carried_event_ids(self) -> bytes:
+        return f"{self.prefix}:event-ids".encode()
 
     def of_group(self, group: int, name: str) -> bytes:
         """`owners`, `counters`, `requests` or `event-ids` of a group."""

@@ -41,6 +41,8 @@ DEFAULT_PREFIX = "profiles"
 TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 CONNECTIONS = 32
+UNFINISHED = "unfinished"
+"""Field of the meta of a store that is being filled from elsewhere."""
 FORMAT = 1
 """Version of what is stored, but for rows, which say theirs themselves."""
 LEASE_MS = 5_000
@@ -215,6 +217,11 @@ class RedisStore:
         found = {key.decode(): value.decode() for key, value in (await self._call("HGETALL", self.keys.meta)).items()}
         if not found:
             return None
+        if UNFINISHED in found:
+            raise StartupError(
+                f"{self.url.shown}: a migration into it was interrupted: run `profile-service migrate` again, or give "
+                "another prefix"
+            )
         if int(found["format"]) != FORMAT:
             raise StartupError(
                 f"{self.url.shown}: its format is {found['format']}, this version writes {FORMAT}: start the version "
@@ -235,6 +242,52 @@ class RedisStore:
             for fingerprint, text in meta.schemas.items():
                 await self.add_schema(fingerprint, text, meta.layouts[fingerprint])
         return bool(made)
+
+    async def begin_import(self, meta: Meta) -> None:
+        """Makes a store that nobody may use before `finish_import`. Raises StartupError where there is one."""
+        held = await self._call("HGETALL", self.keys.meta)
+        if held and UNFINISHED.encode() not in held:
+            raise StartupError(f"{self.url.shown} holds profiles already; give another prefix, or remove its keys")
+        await self._call("HSET", self.keys.meta, UNFINISHED, 1, "id", meta.store_id, "format", FORMAT)
+        await self._call("HSET", self.keys.meta, "partition_bits", meta.partition_bits)
+        for fingerprint, text in meta.schemas.items():
+            await self.add_schema(fingerprint, text, meta.layouts[fingerprint])
+        # Of an import that was interrupted; rows are written over.
+        keys = Keys(self.url.prefix, meta.partition_bits)
+        for group in range(keys.groups):
+            for name in ("counters", "requests"):
+                await self._call("UNLINK", keys.of_group(group, name))
+        await self._call("UNLINK", keys.carried_event_ids)
+
+    async def finish_import(self) -> None:
+        """From now on it may be used."""
+        await self._call("HDEL", self.keys.meta, UNFINISHED)
+
+    async def put_sums(self, group: int, fingerprint: str, segment: int, population: bytes, users: int) -> None:
+        """Writes the sums of a segment, and how many users it has made."""
+        await self._call("HSET", self.keys.population(group, fingerprint), segment, population)
+        await self._call("HSET", self.keys.of_group(group, "counters"), f"users:{segment}", users)
+
+    async def put_producer(self, group: int, producer_id: str, fields: Mapping[str, int], left_ms: int) -> None:
+        """Writes what a group knows of a producer, for so long."""
+        key = self.keys.producer(group, producer_id)
+        await self._call("HSET", key, *(part for item in fields.items() for part in item))
+        await self._call("PEXPIRE", key, left_ms)
+
+    async def put_requests(self, group: int, chunk: bytes, count: int) -> None:
+        """Appends requests to those of a group."""
+        await self._call("RPUSH", self.keys.of_group(group, "requests"), chunk)
+        await self._call("HINCRBY", self.keys.of_group(group, "counters"), "requests", count)
+
+    async def put_carried(self, chunk: bytes, left_ms: int) -> None:
+        """Appends event ids that every owner is to know, for so long."""
+        await self._call("RPUSH", self.keys.carried_event_ids, chunk)
+        await self._call("PEXPIRE", self.keys.carried_event_ids, left_ms)
+
+    async def carried(self) -> list[bytes]:
+        """The event ids that every owner is to know, in chunks."""
+        chunks: list[bytes] = await self._call("LRANGE", self.keys.carried_event_ids, 0, -1)
+        return chunks
 
     async def add_schema(self, fingerprint: str, text: str, layout: str) -> None:
         """From now on rows may be of this schema, too."""
@@ -368,9 +421,17 @@ class RedisStore:
                     "last ones"
                 )
 
-    async def scan_rows(self, group: int, fingerprint: str) -> AsyncIterator[list[bytes]]:
+    def scan_rows(self, group: int, fingerprint: str) -> AsyncIterator[list[bytes]]:
         """The ids of all users of a group whose rows are of this schema, in pieces; one may come twice."""
-        before = self.keys.rows(group, fingerprint)
+        return self._scan_all(self.keys.rows(group, fingerprint))
+
+    async def scan_producers(self, group: int) -> AsyncIterator[list[str]]:
+        """The ids of all producers that a group knows, in pieces; one may come twice."""
+        async for found in self._scan_all(self.keys.producer(group, "")):
+            yield [producer_id.decode() for producer_id in found]
+
+    async def _scan_all(self, before: bytes) -> AsyncIterator[list[bytes]]:
+        """What follows in all keys that begin so."""
         pattern = (
             before.replace(b"\\", b"\\\\").replace(b"*", b"\\*").replace(b"?", b"\\?").replace(b"[", b"\\[") + b"*"
         )
