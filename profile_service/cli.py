@@ -46,6 +46,7 @@ for benchmark in (
     bench.startup,
     bench.flood,
     bench.soak,
+    bench.stores,
 ):
     bench_app.command()(benchmark)
 app.add_typer(bench_app, name="bench")

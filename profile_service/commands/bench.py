@@ -50,6 +50,16 @@ def sync_mode(text: str) -> str:
     return text
 
 
+STORES = ("local-always", "local-never", "redis-everysec", "redis-always", "redis-none")
+
+
+def store_name(text: str) -> str:
+    """The name of a place where state lives."""
+    if text not in STORES:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(STORES)}")
+    return text
+
+
 def ingest(
     schema: BenchSchema = "preferences",
     events: Annotated[int, flag("--events", "Events a round.", min=1)] = 1_000_000,
@@ -370,6 +380,48 @@ def growth(
         rounds=rounds,
         turn_s=turn_s,
         shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
+def stores(
+    events: Annotated[int, flag("--events", "Events a round.", min=1)] = 400_000,
+    users: Annotated[int, flag("--users", "Users whom they are by.", min=10)] = 100_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 4_000,
+    rounds: Rounds = 3,
+    rate: Annotated[float, flag("--rate", "Events a second while waiting times are taken.", min=1)] = 20_000.0,
+    reads: Annotated[float, flag("--reads", "Profiles read a second meanwhile.", min=1)] = 200.0,
+    steady_s: Annotated[float, flag("--steady-s", "Seconds at that rate.", min=0.1)] = 8.0,
+    shards: Annotated[int, flag("--shards", "Shards.", min=1, max=256)] = 2,
+    scaled_shards: Annotated[int, flag("--scaled-shards", "Shards that each is then scaled to.", min=1, max=256)] = 4,
+    store: Annotated[
+        list[str],
+        flag("--store", "What is measured; repeatable.", parser=store_name, metavar="|".join(STORES)),
+    ] = list(STORES),  # noqa: B006  typer copies it
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures local and external state on the same work: rate, CPU, waiting times, memory, recovery, scaling.
+
+    Example:  profile-service bench stores --store local-always --store redis-everysec
+    """
+    from benchmarks import stores as benchmark
+
+    options = benchmark.Options(
+        events=events,
+        users=users,
+        batch=batch,
+        rounds=rounds,
+        rate=rate,
+        reads=reads,
+        steady_s=steady_s,
+        shards=shards,
+        scaled_shards=scaled_shards,
+        stores=tuple(dict.fromkeys(store)),
         data_dir=data_dir,
         seed=seed,
     )

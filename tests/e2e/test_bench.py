@@ -156,3 +156,21 @@ def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
         assert service["server_cpu_us_per_read"] > 0
         assert len(service["rounds"]) == 2
     assert len(result["costs"]) == 2
+
+
+def test_stores_measures_each_place_on_the_same_work(tmp_path: Path) -> None:
+    flags = ("--events", "2000", "--users", "100", "--batch", "500", "--rounds", "1", "--rate", "1000", "--reads", "20")
+    chosen = ("--store", "local-never", "--store", "redis-always", "--steady-s", "0.5", "--scaled-shards", "3")
+    result = bench("stores", tmp_path, *flags, *chosen)
+    assert list(result["stores"]) == ["local-never", "redis-always"]
+    for found in result["stores"].values():
+        assert found["events_per_second"] > 0
+        assert found["scaled"]["events_per_second"] > 0
+        for waits in ("acknowledged_ms", "read_ms", "fresh_ms"):
+            assert 0 < found[waits]["p50"] <= found[waits]["p99"]
+        assert found["recovery"]["written_s"] > 0
+        assert found["resident_bytes"]["service"] > 0
+    local, redis = result["stores"].values()
+    assert local["redis_cpu_us_per_event"] == local["resident_bytes"]["redis"] == 0
+    assert redis["resident_bytes"]["redis"] > 0
+    assert redis["scaled"]["kept"]

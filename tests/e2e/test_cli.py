@@ -24,11 +24,13 @@ COMMANDS = (
     ["status"],
     ["snapshot"],
     ["inspect"],
+    ["migrate"],
     ["schema", "check"],
     ["bench", "ingest"],
     ["bench", "recovery"],
     ["bench", "snapshot"],
     ["bench", "startup"],
+    ["bench", "stores"],
 )
 HEAVY = ("ray", "numba", "numpy", "pyarrow", "grpc", "pydantic", "google.protobuf")
 
@@ -201,6 +203,11 @@ def test_a_data_directory_that_cannot_be_written_is_named(tmp_path: Path) -> Non
 @pytest.mark.parametrize("store", ["redis://", "mongodb://localhost"])
 def test_a_store_that_is_not_served_is_refused(store: str) -> None:
     assert_fails(run("serve", "--store", store), store, "redis")
+
+
+@pytest.mark.parametrize("sides", [("./a", "./b"), ("redis://a", "redis://b"), ("./a", "mongodb://b")])
+def test_a_migration_that_cannot_be_is_refused(sides: tuple[str, str]) -> None:
+    assert_fails(run("migrate", *sides), "redis://" if "://" in sides[1] else "directory")
 
 
 @pytest.mark.parametrize(
