@@ -135,6 +135,16 @@ class Generator:
         """Reads profiles of any of the users at a rate that nothing slows down."""
         return self._pool.submit(_read_steadily, address, users, requests_per_second, seconds, seed)
 
+    def read_fast(
+        self, address: str, users: int, at_once: int, seconds: float, seed: int
+    ) -> Future[tuple[float, Latencies]]:
+        """Reads profiles of any of the users, so many at once; how many a second, and how long each took."""
+        return self._pool.submit(_read_fast, address, users, at_once, seconds, seed)
+
+    def probe(self, address: str, event_type: str, probes_per_second: float, seconds: float) -> Future[Latencies]:
+        """Sends events of users of their own, and reads each until it shows."""
+        return self._pool.submit(_probe, address, event_type, probes_per_second, seconds)
+
 
 # --- in the process ---
 
@@ -192,3 +202,15 @@ def _read_steadily(address: str, users: int, requests_per_second: float, seconds
     cpu = time.process_time()
     due, latency = uvloop.run(reading.read_steadily(address, users, requests_per_second, seconds, seed))
     return Latencies(due, latency, 0, time.process_time() - cpu)
+
+
+def _read_fast(address: str, users: int, at_once: int, seconds: float, seed: int) -> tuple[float, Latencies]:
+    cpu = time.process_time()
+    rate, asked, taken = uvloop.run(reading.read_fast(address, users, at_once, seconds, seed))
+    return rate, Latencies(asked, taken, 0, time.process_time() - cpu)
+
+
+def _probe(address: str, event_type: str, probes_per_second: float, seconds: float) -> Latencies:
+    cpu = time.process_time()
+    due, latency = uvloop.run(reading.probe(address, event_type, probes_per_second, seconds))
+    return Latencies(due, latency, len(due), time.process_time() - cpu)

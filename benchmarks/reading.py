@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from numpy.typing import NDArray
 
 from benchmarks import echo
 from benchmarks.processes import BenchmarkError
+from benchmarks.producing import STREAM
 from profile_service.sample.shoppers import shopper_id
-from userprofile.v1 import profile_service_pb2
+from userprofile.v1 import event_service_pb2, profile_service_pb2
+from userprofile.v1.event_pb2 import Event
 
 GET = "/userprofile.v1.ProfileService/GetProfile"
 BATCH_GET = "/userprofile.v1.ProfileService/BatchGetProfiles"
@@ -198,3 +201,73 @@ async def read_steadily(
     drawn = np.random.default_rng(seed).integers(0, users, 10_000).tolist()
     async with over_grpc(GET, [Question(address, get_request(user)) for user in drawn]) as ask:
         return await at_rate(ask, requests_per_second, seconds)
+
+
+async def read_fast(
+    address: str, users: int, at_once: int, seconds: float, seed: int
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """So many reads at once of users drawn from all, through a frontend: how many a second, when each was asked
+    (`time.monotonic`), and how long after that it was answered, in seconds."""
+    drawn = np.random.default_rng(seed).integers(0, users, 10_000).tolist()
+    asked: list[float] = []
+    taken: list[float] = []
+    async with over_grpc(GET, [Question(address, get_request(user)) for user in drawn]) as ask:
+
+        async def timed(number: int) -> None:
+            began = time.monotonic()
+            await ask(number)
+            asked.append(began)
+            taken.append(time.monotonic() - began)
+
+        count, spent = await as_fast_as_answered(timed, at_once, seconds)
+    return count / spent, np.array(asked), np.array(taken)
+
+
+async def probe(
+    address: str, event_type: str, probes_per_second: float, seconds: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Events of users of their own at a rate that nothing slows down, each read through a frontend from then on until
+    its profile is there; returns when each was due (`time.monotonic`), and how long after that it was read, in
+    seconds."""
+    name = uuid.uuid4().hex
+    due: NDArray[np.float64] = np.arange(max(1, int(probes_per_second * seconds))) / probes_per_second
+    shown: NDArray[np.float64] = np.full(len(due), np.nan)
+    async with grpc.aio.insecure_channel(address, options=echo.OPTIONS) as channel:
+        await channel.channel_ready()
+        stream: Any = channel.stream_stream(STREAM)
+        read: Any = channel.unary_unary(BATCH_GET)
+        call = stream()
+        await call.write(event_service_pb2.StreamEventsRequest(producer_id=name).SerializeToString())
+        known = asyncio.Event()
+
+        async def until_shown(number: int, user_id: str) -> None:
+            request = profile_service_pb2.BatchGetProfilesRequest(user_ids=[user_id]).SerializeToString()
+            while True:
+                answer = await read(request, timeout=_TIMEOUT_S)
+                if profile_service_pb2.BatchGetProfilesResponse.FromString(answer).profiles:
+                    break
+            shown[number] = time.monotonic()
+
+        async def listen() -> None:
+            async for message in call:
+                known.set()
+                if event_service_pb2.StreamEventsResponse.FromString(message).rejected:
+                    raise BenchmarkError("a probe was refused")
+
+        listening = asyncio.create_task(listen())
+        # The service says first what it knows of the producer.
+        await known.wait()
+        due += time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(len(due)):
+                delay = float(due[number]) - time.monotonic()
+                if delay > 0:
+                    await asyncio.sleep(delay)
+                user_id = f"{name}-{number}"
+                event = Event(user_id=user_id, type=event_type)
+                batch = event_service_pb2.StreamEventsRequest(sequence=number + 1, events=[event])
+                await call.write(batch.SerializeToString())
+                tasks.create_task(until_shown(number, user_id))
+        await call.done_writing()
+        await listening
+    return due, shown - due

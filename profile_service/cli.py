@@ -45,6 +45,7 @@ for benchmark in (
     bench.snapshot,
     bench.startup,
     bench.flood,
+    bench.mixed,
     bench.soak,
     bench.stores,
 ):

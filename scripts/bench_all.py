@@ -22,6 +22,7 @@ RUNS: dict[str, list[str]] = {
     "ingest": ["ingest", "--peers"],
     "ingest-1m": ["ingest", "--users", "1000000", "--sync", "always", "--peers"],
     "read": ["read"],
+    "mixed": ["mixed"],
     "memory": ["memory"],
     "growth": ["growth"],
     "recovery": ["recovery"],

@@ -154,6 +154,47 @@ def read(
     _run(benchmark, options, plot, as_json)
 
 
+def mixed(
+    schema: BenchSchema = "preferences",
+    users: Annotated[int, flag("--users", "Users whom the events are by.", min=1)] = 100_000,
+    share: Annotated[
+        float, flag("--share", "Events at a fixed rate, as a share of the highest.", min=0.01, max=1.0)
+    ] = 0.5,
+    reads: Annotated[float, flag("--reads", "Reads a second.", min=0.1)] = 500.0,
+    probes: Annotated[float, flag("--probes", "Events a second that are read until they show.", min=0.1)] = 50.0,
+    at_once: Annotated[int, flag("--at-once", "Reads under way where they go as fast as they can.", min=1)] = 64,
+    steady_s: Annotated[float, flag("--steady-s", "Seconds of each stretch.", min=0.1)] = 10.0,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 1_000,
+    producers: Annotated[int, flag("--producers", "Streams at once.", min=1)] = 2,
+    shards: Shards = None,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how soon an event is readable beside other work, and whether events and reads starve each other.
+
+    Example:  profile-service bench mixed --share 0.5 --reads 500 --json
+    """
+    from benchmarks import mixed as benchmark
+
+    options = benchmark.Options(
+        schema=schema,
+        users=users,
+        share=share,
+        reads=reads,
+        probes=probes,
+        at_once=at_once,
+        steady_s=steady_s,
+        batch=batch,
+        producers=producers,
+        shards=shards,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def recovery(
     users: Annotated[int, flag("--users", "Users in the snapshot.", min=1)] = 1_000_000,
     history: Annotated[int, flag("--history", "Events of each of them in the snapshot.", min=1)] = 3,

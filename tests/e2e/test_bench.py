@@ -84,6 +84,25 @@ def test_reads_are_measured_beside_an_echo_and_a_peer(tmp_path: Path) -> None:
     assert len(result["costs"]) == 5
 
 
+def test_mixed_work_shows_how_soon_events_are_readable_and_what_each_side_leaves_the_other(tmp_path: Path) -> None:
+    flags = ("--users", "500", "--batch", "100", "--share", "0.2", "--reads", "50", "--probes", "20", "--at-once", "8")
+    result = bench("mixed", tmp_path, *flags, "--steady-s", "1")
+    said = {
+        "nothing else": {"freshness"},
+        "half load": {"freshness", "read", "acknowledgement"},
+        "events at full rate": {"read"},
+        "reads at full rate": {"read", "acknowledgement"},
+    }
+    for name, quantiles in said.items():
+        found = result["stretches"][name]
+        assert {key for key, value in found.items() if isinstance(value, dict)} == quantiles
+        for key in quantiles:
+            assert 0 < found[key]["p50_ms"] <= found[key]["p99_ms"] <= found[key]["p99.9_ms"] <= found[key]["max_ms"]
+    assert result["ingest_rate_ratio_beside_reads"] > 0
+    assert result["read_rate_ratio_beside_ingest"] > 0
+    assert [row["bound"] for row in result["costs"]] == ["10 ms", "–", "–"]
+
+
 def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     flags = ("--users", "500", "--rate", "5000", "--batch", "50", "--quiet-s", "1", "--rounds", "2")
     result = bench("snapshot", tmp_path, *flags)
