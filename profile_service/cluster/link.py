@@ -18,6 +18,10 @@ SERVICE = "/userprofile.internal.v1.ShardService"
 READ_RESPONSE_BYTES = 256 * MIB
 """Largest answer of a shard: a thousand large profiles."""
 
+ANSWER_WINDOW_BYTES = MIB
+"""A shard may send so much of an answer ahead of what was read; with the usual 64 KiB it would wait in the middle of a
+batch read."""
+
 KEEPALIVE_S = 5.0
 """A peer that does not answer a ping for so long is taken for lost."""
 
@@ -110,6 +114,8 @@ class ShardLink:
             options=[
                 ("grpc.max_send_message_length", internal_message_bytes(self._limits)),
                 ("grpc.max_receive_message_length", READ_RESPONSE_BYTES),
+                ("grpc.http2.lookahead_bytes", ANSWER_WINDOW_BYTES),
+                ("grpc.http2.max_frame_size", ANSWER_WINDOW_BYTES),
                 ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.http2.max_pings_without_data", 0),

@@ -90,7 +90,9 @@ class ReadStream(OwnerStream):
         # count in milliseconds, so turns are what shows that no more come.
         began_s = now_s = time.perf_counter()
         idle_s = 0.0
-        while idle_s < IDLE_S and now_s - began_s < GATHER_S:
+        while self._queue and self._queue[0].users <= GATHERED_USERS:
+            if idle_s >= IDLE_S or now_s - began_s >= GATHER_S:
+                break
             before_s = now_s
             await asyncio.sleep(0)
             now_s = time.perf_counter()

@@ -390,10 +390,9 @@ class Router:
 
     def _split_users(self, user_ids: Sequence[str], indexes: Sequence[int]) -> list[tuple[ShardLink, list[int]]]:
         by_owner: dict[int, list[int]] = {}
-        bits = self.topology.partition_bits
+        owners, bits = self._owners.data, self.topology.partition_bits
         for index in indexes:
-            partition = partition_of(user_hash(user_ids[index]), bits)
-            by_owner.setdefault(int(self._owners[partition]), []).append(index)
+            by_owner.setdefault(owners[partition_of(user_hash(user_ids[index]), bits)], []).append(index)
         return [(self._by_position[position], owned) for position, owned in by_owner.items()]
 
     async def _until_answered(

@@ -57,7 +57,8 @@ class Query:
                 "user_ids", f"must be 1 to {self._limits.users_per_read} users, are {len(asked.user_ids)}"
             )
         for index, user_id in enumerate(asked.user_ids):
-            self._check_user(f"user_ids[{index}]", user_id)
+            if not 1 <= len(user_id.encode()) <= self._limits.user_id_bytes:
+                self._check_user(f"user_ids[{index}]", user_id)
         self._check_features(asked.features)
         profiles = await self._reader.read(asked.user_ids, asked.features, deadline_s)
         pieces: list[bytes] = []

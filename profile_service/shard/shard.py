@@ -458,9 +458,10 @@ class Shard:
         """
         if epoch is not None:
             self._check_epoch(epoch)
-        self._check_features(features)
+        if features:
+            self._check_features(features)
         ids = [user_id.encode() for user_id in user_ids]
-        keys = [xxhash.xxh64_intdigest(user_id) for user_id in ids]
+        keys = list(map(xxhash.xxh64_intdigest, ids))
         # Users are few, often one: NumPy would take longer.
         owned, shift = self._owned.data, int(self._partition_shift)
         for user_id, key in zip(user_ids, keys, strict=True):
