@@ -49,9 +49,9 @@ class Crowd:
         count = len(self._digits_at)
         powers = 10 ** np.arange(_DIGITS - 1, -1, -1)
         for first in range(start, stop, count):
-            users = FIRST_USER + np.arange(first, min(first + count, stop))
-            digits = users[:, None] // powers % 10 + ord("0")
-            self._data[self._digits_at[: len(users)]] = digits.astype(np.uint8)
-            for at in range(0, len(users), self._batch):
-                end = min(at + self._batch, len(users))
+            held = min(count, stop - first)
+            for at in range(0, held, self._batch):
+                end = min(at + self._batch, held)
+                users = FIRST_USER + first + np.arange(at, end)
+                self._data[self._digits_at[at:end]] = (users[:, None] // powers % 10 + ord("0")).astype(np.uint8)
                 yield self._data[self._offsets[at] : self._offsets[end]].tobytes()
