@@ -233,7 +233,9 @@ class ShardServer:
         async def take(encoded: bytes) -> None:
             request = shard_pb2.ReadRequest.FromString(encoded)
             users = _users_of(request)
-            if users <= READ_SLICE_USERS:
+            if self._shard.is_remote:
+                exchange.run(self._bring_and_read(request), users)
+            elif users <= READ_SLICE_USERS:
                 exchange.put(self._read_response(request), users)
             else:
                 exchange.run(self._read_in_slices(request), users)
@@ -254,8 +256,25 @@ class ShardServer:
                 response.answers.extend(self._answers(asked, features, request.epoch))
         return response.SerializeToString()
 
+    async def _bring_and_read(self, request: shard_pb2.ReadRequest) -> bytes:
+        """The same where rows have to be brought first: those of all callers together."""
+        user_ids = [user_id for query in request.queries for user_id in query.user_ids]
+        if len(user_ids) <= READ_SLICE_USERS:
+            try:
+                await self._shard.bring(user_ids)
+            except ProfileServiceError as error:
+                if len(request.queries) == 1:
+                    answer = ReadAnswer(status=_read_status(error), message=error.message)
+                    response = shard_pb2.ReadResponse(
+                        request_id=request.request_id, epoch=self._shard.epoch, answers=[answer]
+                    )
+                    return response.SerializeToString()
+            else:
+                return self._read_response(request)
+        return await self._read_in_slices(request)
+
     async def _read_in_slices(self, request: shard_pb2.ReadRequest) -> bytes:
-        """The same for so many users that the loop has to turn meanwhile."""
+        """The same for so many users that the loop has to turn meanwhile, or of whom some cannot be brought."""
         response = shard_pb2.ReadResponse(request_id=request.request_id)
         for query in request.queries:
             if query.population:
@@ -264,7 +283,7 @@ class ShardServer:
             answer = ReadAnswer(status=STATUS_READ)
             for start in range(0, len(query.user_ids), READ_SLICE_USERS):
                 users = query.user_ids[start : start + READ_SLICE_USERS]
-                (part,) = self._answers([users], query.features, request.epoch)
+                part = await self._brought_answer(users, query.features, request.epoch)
                 if part.status != STATUS_READ:
                     answer = part
                     break
@@ -273,6 +292,15 @@ class ShardServer:
             response.answers.append(answer)
         response.epoch = self._shard.epoch
         return response.SerializeToString()
+
+    async def _brought_answer(self, user_ids: Sequence[str], features: Sequence[str], epoch: int) -> ReadAnswer:
+        if self._shard.is_remote:
+            try:
+                await self._shard.bring(user_ids)
+            except ProfileServiceError as error:
+                return ReadAnswer(status=_read_status(error), message=error.message)
+        (answer,) = self._answers([user_ids], features, epoch)
+        return answer
 
     def _answers(self, asked: list[Sequence[str]], features: Sequence[str], epoch: int) -> list[ReadAnswer]:
         try:

@@ -475,7 +475,8 @@ class RedisStore:
         pipe = self._redis.pipeline(transaction=True)
         for user_id, row, left in zip(user_ids, rows, left_ms, strict=True):
             pipe.set(after + user_id, row, px=left or None)
-            pipe.unlink(before + user_id)
+            # A cluster's pipeline has an `unlink` of its own, which is not part of it.
+            pipe.execute_command("UNLINK", before + user_id)
         await self._guard(pipe.execute())
 
     async def move_population(self, group: int, old: str, new: str, sums: Mapping[int, bytes]) -> None:
@@ -483,7 +484,7 @@ class RedisStore:
         if sums:
             pipe = self._redis.pipeline(transaction=True)
             pipe.hset(self.keys.population(group, new), mapping=dict(sums))
-            pipe.unlink(self.keys.population(group, old))
+            pipe.execute_command("UNLINK", self.keys.population(group, old))
             await self._guard(pipe.execute())
 
     async def drop_rows(self, group: int, fingerprint: str, user_ids: Sequence[bytes]) -> None:

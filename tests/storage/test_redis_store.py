@@ -140,6 +140,10 @@ async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path) 
             assert sorted(set(seen)) == sorted(users)
             await store.move_rows(group, "f", "g", users, [b"new"] * 50, [0] * 50)
             assert await store.fetch(group, "g", users[:1]) == [b"new"]
+            assert await store.fetch(group, "f", users) == [None] * 50
+            await store.move_population(group, "f", "g", {partitions[0]: b"sums of g"})
+            assert await store.read_population(group, "f") == {}
+            assert await store.read_population(group, "g") == {partitions[0]: b"sums of g"}
         await store.raise_epoch(9)
         assert await store.epoch() == 9
         await store.close()
