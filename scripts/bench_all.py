@@ -27,6 +27,7 @@ RUNS: dict[str, list[str]] = {
     "growth": ["growth"],
     "recovery": ["recovery"],
     "snapshot": ["snapshot"],
+    "startup": ["startup"],
     "flood": ["flood"],
     "soak": ["soak", "--minutes", "30"],
 }
