@@ -251,15 +251,18 @@ class Router:
             nonlocal turn
             links = sorted(self._links.values(), key=lambda link: not link.connected)
             turn += 1
-            try:
-                found[:] = await links[(turn - 1) % len(links)].reads.ask([], features, population=True)
-            except Unavailable as error:
-                if self._away is None or turn < len(links):
-                    return error
+            question = links[(turn - 1) % len(links)].reads.ask([], features, population=True)
+            answer = await _answer_or_error(question, None if self._away is None else AWAY_AFTER_S)
+            if isinstance(answer, Unavailable) and self._away is not None and turn >= len(links):
                 try:
-                    found[:] = [await self._away.population(features)]
-                except Unavailable as unavailable:
-                    return unavailable
+                    answer = [await self._away.population(features)]
+                except Unavailable as error:
+                    return error
+            if isinstance(answer, Unavailable):
+                return answer
+            if isinstance(answer, ProfileServiceError):
+                raise answer
+            found[:] = answer
             return None
 
         await self._until_answered(attempt, deadline_s)

@@ -64,7 +64,6 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
         ("started", _time(answer.start_time)),
         ("users", f"{answer.user_count:,}"),
         ("events", f"{answer.event_count:,}"),
-        ("bytes a user", f"{answer.bytes_per_user:,.0f}"),
         *_where(answer),
         ("event ids", f"{answer.dedupe_window_seconds / 3600:g} h, {answer.dedupe_capacity:,} a shard at most"),
         ("topology", f"epoch {answer.epoch}, {len(answer.shards)} shards"),
@@ -80,7 +79,8 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
 def _where(answer: admin_service_pb2.GetStatusResponse) -> list[tuple[str, str]]:
     """Where profiles live, and how safely."""
     if answer.store in ("", "local"):
-        return [("data directory", answer.data_dir), ("log", _SYNC_MODES.get(answer.sync_mode, answer.sync_mode))]
+        kept = _SYNC_MODES.get(answer.sync_mode, answer.sync_mode)
+        return [("bytes a user", f"{answer.bytes_per_user:,.0f}"), ("data directory", answer.data_dir), ("log", kept)]
     return [("store", answer.store), ("kept", _STORE_SYNC_MODES.get(answer.sync_mode, answer.sync_mode))]
 
 

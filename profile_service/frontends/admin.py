@@ -77,7 +77,7 @@ class Admin:
             store=shown_store(self._settings),
         )
         response.start_time.FromNanoseconds(self._start_ns)
-        if response.user_count:
+        if response.user_count and self._settings.storage.is_local:
             response.bytes_per_user = sum(shard.state_bytes for shard in self.last_shards) / response.user_count
         return response.SerializeToString()
 

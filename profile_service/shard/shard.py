@@ -299,7 +299,7 @@ class Shard:
             logger.info("shard %d goes on", self.shard_id)
             self._retry_s = 0.0
             self._health.serving(self._state.remark)
-        elif self._health.state == SERVING:
+        elif self._health.state == SERVING and self._state.remark:
             self._health.message = self._state.remark
         return True
 

@@ -177,19 +177,17 @@ def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
     assert len(result["costs"]) == 2
 
 
-def test_stores_measures_each_place_on_the_same_work(tmp_path: Path) -> None:
+def test_stores_measures_a_place_and_keeps_all_of_it_when_its_shards_become_more(tmp_path: Path) -> None:
     flags = ("--events", "2000", "--users", "100", "--batch", "500", "--rounds", "1", "--rate", "1000", "--reads", "20")
-    chosen = ("--store", "local-never", "--store", "redis-always", "--steady-s", "0.5", "--scaled-shards", "3")
+    chosen = ("--store", "redis-always", "--steady-s", "0.5", "--shards", "1", "--scaled-shards", "2")
     result = bench("stores", tmp_path, *flags, *chosen)
-    assert list(result["stores"]) == ["local-never", "redis-always"]
-    for found in result["stores"].values():
-        assert found["events_per_second"] > 0
-        assert found["scaled"]["events_per_second"] > 0
-        for waits in ("acknowledged_ms", "read_ms", "fresh_ms"):
-            assert 0 < found[waits]["p50"] <= found[waits]["p99"]
-        assert found["recovery"]["written_s"] > 0
-        assert found["resident_bytes"]["service"] > 0
-    local, redis = result["stores"].values()
-    assert local["redis_cpu_us_per_event"] == local["resident_bytes"]["redis"] == 0
-    assert redis["resident_bytes"]["redis"] > 0
-    assert redis["scaled"]["kept"]
+    (found,) = result["stores"].values()
+    assert found["events_per_second"] > 0
+    assert found["redis_cpu_us_per_event"] > 0
+    for waits in ("acknowledged_ms", "read_ms", "fresh_ms"):
+        assert 0 < found[waits]["p50"] <= found[waits]["p99"]
+    assert found["recovery"]["read_s"] > 0
+    assert found["recovery"]["written_s"] > 0
+    assert found["resident_bytes"]["service"] > found["resident_bytes"]["redis"] > 0
+    assert found["scaled"]["kept"]
+    assert found["scaled"]["events_per_second"] > 0

@@ -75,8 +75,8 @@ class Victims:
                 *("--snapshot-log-bytes", str(2 << 20)),
             )
         )
-        self._flags = ("--shards", str(SHARDS), "--schema", str(write_schema(directory)), *where)
-        self.service = ServeProcess(*self._flags)
+        self._flags = ("--schema", str(write_schema(directory)), *where)
+        self.service = ServeProcess(*self._flags, "--shards", str(SHARDS))
         self.address = self.service.grpc_address
 
     def kill(self, kind: str) -> str:
@@ -144,8 +144,10 @@ class Victims:
 
     def _start(self, what: str) -> str:
         port = self.address.rpartition(":")[2]
-        self.service = ServeProcess(*self._flags, "--grpc-port", port)
-        return f"SIGKILL of {what}, started again"
+        # In a store no shard has anything of its own: any number of them can go on.
+        shards = SHARDS if self._redis is None else self._random.randint(1, SHARDS + 1)
+        self.service = ServeProcess(*self._flags, "--grpc-port", port, "--shards", str(shards))
+        return f"SIGKILL of {what}, started again with {shards} shards"
 
 
 @pytest.mark.timeout(6 * 3600)

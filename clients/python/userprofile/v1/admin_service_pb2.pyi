@@ -365,7 +365,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     answers is on its disk, its `appendfsync` ("always", "everysec" or "no"), "none" where it keeps no log, or "unknown".
     """
     bytes_per_user: builtins.float
-    """Bytes a user, all told: state_bytes over user_count."""
+    """Bytes a user, all told: state_bytes over user_count; 0 with a store, where shards have some of the users near."""
     dedupe_window_seconds: builtins.float
     """How long event ids are remembered, in seconds."""
     dedupe_capacity: builtins.int
