@@ -6,6 +6,7 @@ A `Generator` runs functions of this module in its process. Loads stay there; fi
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import multiprocessing
@@ -117,6 +118,14 @@ class Generator:
         """Sends the load as fast as it is acknowledged."""
         return self._pool.submit(_send, address, method, producers, window).result()
 
+    def split(self, address: str) -> None:
+        """Splits the load by the shards of the service at `address`, for `send_directly`."""
+        self._pool.submit(_split, address).result()
+
+    def send_directly(self, producers: int, window: int) -> Sent:
+        """Sends the load as fast as it is acknowledged, each shard's part straight to it, over so many streams."""
+        return self._pool.submit(_send_directly, producers, window).result()
+
     def send_steadily(
         self, address: str, events_per_second: float, seconds: float, producers: int, first_round: int
     ) -> Future[Latencies]:
@@ -150,6 +159,9 @@ class Generator:
 
 _load: Load
 _round: Load
+_round_number = 0
+_parts: list[tuple[str, Load]]
+"""By shard: its address, and what its users do."""
 
 
 def _build(schema: str, events: int, users: int, batch: int, seed: int, *, every_user: bool, first_user: int) -> float:
@@ -172,14 +184,35 @@ def _measure_kernels() -> dict[str, float]:
 
 
 def _renew(round_number: int) -> None:
-    global _round  # noqa: PLW0603
-    _round = _load.renewed(round_number)
+    global _round, _round_number
+    _round, _round_number = _load.renewed(round_number), round_number
 
 
 def _send(address: str, method: str, producers: int, window: int) -> Sent:
     cpu = time.process_time()
     seconds = uvloop.run(producing.send(address, method, _round, producers, window))
     return Sent(_round.events, seconds, time.process_time() - cpu)
+
+
+def _split(address: str) -> None:
+    """The shards' addresses, and the load of each."""
+    global _parts  # noqa: PLW0603
+    topology = asyncio.run(producing.topology(address))
+    position = {shard.shard_id: number for number, shard in enumerate(topology.shards)}
+    owners = np.empty(topology.partition_count, np.int32)
+    for extent in topology.ranges:
+        owners[extent.first_partition : extent.last_partition + 1] = position[extent.shard_id]
+    loads = _load.split(owners, len(topology.shards))
+    _parts = [(shard.address, load) for shard, load in zip(topology.shards, loads, strict=True)]
+    gc.collect()
+    gc.freeze()
+
+
+def _send_directly(producers: int, window: int) -> Sent:
+    parts = [(address, load.renewed(_round_number)) for address, load in _parts]
+    cpu = time.process_time()
+    seconds = uvloop.run(producing.send_directly(parts, producers, window))
+    return Sent(sum(load.events for _, load in parts), seconds, time.process_time() - cpu)
 
 
 def _send_steadily(

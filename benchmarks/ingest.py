@@ -1,13 +1,15 @@
 """How many events a second go in, what each costs, how soon they are acknowledged, and what durability costs.
 
     load generator ──▶ service, sync always     ┐
+                  ├──▶ the same, past the frontend, straight to the owners
                   ├──▶ service, sync never      │  in turns, round by round: what slows the machine down meanwhile
                   ├──▶ bare grpc.aio echo       │  slows all of them
     peers, from their own memory                ┘
     load generator ──▶ service, sync always        afterwards, at a fixed rate: the time of an acknowledgement
 
 The load is serialised beforehand and held by a process of its own, so what sending costs is told apart. Producers send
-it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement. Before anything
+it through StreamEvents with a window of unacknowledged batches and wait for the last acknowledgement. For those that go
+straight to the owners it is split beforehand, and a service of its own counts it. Before anything
 is timed everybody has had the whole load once. The totals are compared with GetStatus afterwards, and what peers know
 of some users with their profiles.
 """
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import numpy as np
@@ -29,7 +31,7 @@ from rich.table import Table
 
 from benchmarks import echo
 from benchmarks.chart import Bar, bars
-from benchmarks.generator import Generator
+from benchmarks.generator import Generator, Sent
 from benchmarks.load import PREFERENCES, SCHEMAS
 from benchmarks.peers.consumer import PEERS, Consumer
 from benchmarks.processes import (
@@ -43,6 +45,7 @@ from benchmarks.processes import (
 )
 from benchmarks.producing import STREAM, check_totals
 from benchmarks.report import cost
+from profile_service.config import SyncMode, default_shards
 from profile_service.sample.shoppers import shopper_id
 from userprofile.v1 import profile_service_pb2, profile_service_pb2_grpc
 
@@ -50,10 +53,13 @@ BYTES_PER_EVENT = 400
 """Room that an event takes on disk at most: its record, and its share of segments made ahead."""
 BOUND_EVENTS_PER_SECOND = 1_000_000
 BOUND_CPU_US = 1.0
+BOUND_DIRECT_EVENTS_PER_SECOND = 1_500_000
+BOUND_DIRECT_CPU_US = 0.75
 BOUND_KERNELS_US = 0.25
 """Decode and apply, at 100 thousand users."""
 
 _FLOOR = "bare echo"
+_DIRECT = "direct"
 _FIGURES = ("events_per_second", "server_cpu_us_per_event", "load_generator_cpu_us_per_event")
 _COMPARED_USERS = 200
 
@@ -94,11 +100,20 @@ class _Server:
     root: psutil.Process
     address: str
     method: str
+    direct: bool = False
+    """Whether the load goes straight to its shards."""
+    shards: int = 1
+
+    def _send(self, generator: Generator, options: Options) -> Sent:
+        if not self.direct:
+            return generator.send(self.address, self.method, options.producers, options.window)
+        # As many streams in all, or one to each shard.
+        return generator.send_directly(max(1, options.producers // self.shards), options.window)
 
     def turn(self, generator: Generator, options: Options) -> dict[str, Any]:
         """One round: rate, and CPU time an event of each process."""
         before = cpu_seconds(self.root)
-        sent = generator.send(self.address, self.method, options.producers, options.window)
+        sent = self._send(generator, options)
         spent = {name: after - before.get(name, 0.0) for name, after in cpu_seconds(self.root).items()}
         return {
             "events_per_second": sent.events / sent.seconds,
@@ -133,7 +148,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         raise BenchmarkError(f"the peers do the work of --schema {PREFERENCES} only")
     total = options.events * (options.rounds + 1)
     with ExitStack() as stack:
-        room = total * (len(options.sync) + 1) * BYTES_PER_EVENT
+        room = total * (len(options.sync) + 2) * BYTES_PER_EVENT
         directory = stack.enter_context(data_directory(options.data_dir, room))
         generator = stack.enter_context(Generator())
         with console.status(f"serialising {options.events:,} events of {options.users:,} users"):
@@ -157,9 +172,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         for number, consumer in enumerate(consumers):
             with console.status(f"serialising the load of peer {number + 1} of {len(consumers)}"):
                 consumer.build(options.events, options.users, batch, seed)
+        with console.status("splitting the load by owners"):
+            generator.split(servers[_DIRECT].address)
         targets: dict[str, _Server | _Peer] = {**servers, **{peer.name: _Peer(peer) for peer in consumers}}
         rounds = _take_turns(targets, generator, options, console)
         counted = {mode: check_totals(servers[mode].address, total).event_count for mode in options.sync}
+        counted[_DIRECT] = check_totals(servers[_DIRECT].address, total).event_count
         first = servers[options.sync[0]]
         if consumers:
             result["users_compared"] = _compare(first.address, consumers, options.users, seed)
@@ -189,16 +207,23 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 def _start(
     stack: ExitStack, options: Options, directory: Path, console: Console
 ) -> tuple[dict[str, _Server], list[Consumer]]:
-    """The echo, a service for each sync mode, and the peers."""
+    """The echo, a service for each sync mode, one more of the first for those who go straight, and the peers."""
     with console.status("starting") as progress:
         child = stack.enter_context(started(["benchmarks.echo"]))
         servers = {_FLOOR: _Server(child.process, child.address, echo.METHOD)}
-        for mode in options.sync:
+        for name in (*options.sync, _DIRECT):
+            mode = options.sync[0] if name == _DIRECT else name
             progress.update(f"starting the service with --sync {mode}")
-            flags = ["--sync", mode, "--data-dir", str(directory / mode)]
+            flags = ["--sync", mode, "--data-dir", str(directory / name)]
             flags += ["--shards", str(options.shards)] if options.shards else []
             child = stack.enter_context(started(serve(SCHEMAS[options.schema], *flags)))
-            servers[mode] = _Server(child.process, child.address, STREAM)
+            servers[name] = _Server(
+                child.process,
+                child.address,
+                STREAM,
+                direct=name == _DIRECT,
+                shards=options.shards or default_shards(),
+            )
         progress.update("starting the peers")
         return servers, [stack.enter_context(Consumer(name)) for name in (PEERS if options.peers else ())]
 
@@ -245,16 +270,8 @@ def _summarise(result: dict[str, Any], rounds: dict[str, list[dict[str, Any]]], 
     """Adds the medians over the rounds, and the ratios of what was measured in the same round."""
     floor = rounds[_FLOOR]
     result.update({f"floor_{key}": value for key, value in _medians(floor).items()})
-    result["sync"] = {}
-    for mode in modes:
-        middle = sorted(rounds[mode], key=lambda one: float(one["events_per_second"]))[len(rounds[mode]) // 2]
-        result["sync"][mode] = {
-            **_medians(rounds[mode]),
-            "rate_ratio_to_floor": _ratio(rounds[mode], floor, "events_per_second"),
-            "cpu_ratio_to_floor": _ratio(rounds[mode], floor, "server_cpu_us_per_event"),
-            "cpu_us_per_event_by_process": middle["cpu_us_per_event_by_process"],
-            "rounds": rounds[mode],
-        }
+    result["sync"] = {mode: _against(rounds[mode], floor) for mode in modes}
+    result[_DIRECT] = _against(rounds[_DIRECT], floor)
     result.update({key: value for key, value in result["sync"][modes[0]].items() if key != "rounds"})
     if {"always", "never"} <= set(modes):
         always, never = rounds["always"], rounds["never"]
@@ -262,6 +279,17 @@ def _summarise(result: dict[str, Any], rounds: dict[str, list[dict[str, Any]]], 
             "rate_ratio": _ratio(always, never, "events_per_second"),
             "server_cpu_ratio": _ratio(always, never, "server_cpu_us_per_event"),
         }
+
+
+def _against(rounds: list[dict[str, Any]], floor: list[dict[str, Any]]) -> dict[str, Any]:
+    middle = sorted(rounds, key=lambda one: float(one["events_per_second"]))[len(rounds) // 2]
+    return {
+        **_medians(rounds),
+        "rate_ratio_to_floor": _ratio(rounds, floor, "events_per_second"),
+        "cpu_ratio_to_floor": _ratio(rounds, floor, "server_cpu_us_per_event"),
+        "cpu_us_per_event_by_process": middle["cpu_us_per_event_by_process"],
+        "rounds": rounds,
+    }
 
 
 def _medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
@@ -282,6 +310,10 @@ def _costs(result: dict[str, Any]) -> list[dict[str, Any]]:
     least = result["floor_server_cpu_us_per_event"] + sum(kernels.values())
     first = next(iter(result["sync"]))
     through = f"ingest through the frontend, sync {first}, {result['users']:,} users"
+    straight = f"ingest straight to the owners, sync {first}, {result['users']:,} users"
+    direct = result[_DIRECT]
+    direct_cpu = direct["server_cpu_us_per_event"]
+    direct_least = least - kernels["gather"]
     return [
         cost(
             f"{through}: rate",
@@ -300,6 +332,22 @@ def _costs(result: dict[str, Any]) -> list[dict[str, Any]]:
             held=cpu <= BOUND_CPU_US,
         ),
         cost(
+            f"{straight}: rate",
+            bound=f"{BOUND_DIRECT_EVENTS_PER_SECOND:,} events/s",
+            figure=f"{direct['events_per_second']:,.0f} events/s",
+            floor=f"bare echo {result['floor_events_per_second']:,.0f} events/s",
+            ratio=direct["rate_ratio_to_floor"],
+            held=direct["events_per_second"] >= BOUND_DIRECT_EVENTS_PER_SECOND,
+        ),
+        cost(
+            f"{straight}: CPU of all server processes",
+            bound=f"{BOUND_DIRECT_CPU_US:g} µs an event",
+            figure=f"{direct_cpu:.2f} µs",
+            floor=f"bare echo and kernels {direct_least:.2f} µs",
+            ratio=direct_cpu / direct_least,
+            held=direct_cpu <= BOUND_DIRECT_CPU_US,
+        ),
+        cost(
             f"decode and apply, {result['users']:,} users",
             bound=f"{BOUND_KERNELS_US:g} µs an event",
             figure=f"{both:.2f} µs",
@@ -311,7 +359,7 @@ def _costs(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _title(name: str) -> str:
-    return f"sync {name}" if name in ("always", "interval", "never") else name
+    return f"sync {name}" if name in get_args(SyncMode) else name
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -322,7 +370,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for column in ("", "events/s", "to the floor", "server CPU, µs an event"):
         table.add_column(column, justify="left" if not column else "right")
     floor = result["floor_events_per_second"]
+    first = next(iter(result["sync"]))
     rows = [(f"service, sync {mode}", found) for mode, found in result["sync"].items()]
+    rows.append((f"service, sync {first}, straight to the owners", result[_DIRECT]))
     rows.append(
         (
             "floor: bare echo",
@@ -345,7 +395,6 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"durability: {spent['rate_ratio']:.2f} of the rate without it, {spent['server_cpu_ratio']:.2f} of the CPU"
         )
-    first = next(iter(result["sync"]))
     steady = result["acknowledgement"]
     console.print(
         f"acknowledgement of {result['batch']:,} events at {steady['events_per_second']:,.0f} events/s, sync {first}: "
@@ -356,6 +405,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     parts.add_column("µs", justify="right")
     for name, used in sorted(result["cpu_us_per_event_by_process"].items(), key=lambda item: -item[1]):
         parts.add_row(name, f"{used:.3f}")
+    for name, used in sorted(result[_DIRECT]["cpu_us_per_event_by_process"].items(), key=lambda item: -item[1]):
+        parts.add_row(f"straight to the owners: {name}", f"{used:.3f}")
     parts.add_row("load generator", f"{result['load_generator_cpu_us_per_event']:.3f}")
     for name, used in result["kernels_us_per_event"].items():
         parts.add_row(f"kernels alone, one core: {name}", f"{used:.3f}")
@@ -368,6 +419,7 @@ def draw(result: dict[str, Any]) -> str:
         Bar(name, found["events_per_second"], [one["events_per_second"] for one in found["rounds"]])
         for name, found in [
             *((f"sync {mode}", found) for mode, found in result["sync"].items()),
+            ("straight to the owners", result[_DIRECT]),
             *result["peers"].items(),
         ]
     ]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
@@ -19,6 +20,7 @@ from benchmarks.processes import BenchmarkError
 from userprofile.v1 import admin_service_pb2, event_service_pb2
 
 STREAM = "/userprofile.v1.EventService/StreamEvents"
+TOPOLOGY = "/userprofile.v1.AdminService/GetTopology"
 STATUS = "/userprofile.v1.AdminService/GetStatus"
 SNAPSHOT = "/userprofile.v1.AdminService/CreateSnapshot"
 
@@ -33,6 +35,26 @@ async def send(address: str, method: str, load: Load, producers: int, window: in
             *(_produce(channel, method, load.batches[number::producers], window) for number in range(producers))
         )
         return time.perf_counter() - started_at
+
+
+async def send_directly(parts: Sequence[tuple[str, Load]], producers: int, window: int) -> float:
+    """Sends to each address, a shard's, every batch of its load, over so many streams to each; otherwise as `send`."""
+    async with AsyncExitStack() as stack:
+        streams = []
+        for address, load in parts:
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(address, options=echo.OPTIONS))
+            await channel.channel_ready()
+            streams += [(channel, load.batches[number::producers]) for number in range(producers)]
+        started_at = time.perf_counter()
+        await asyncio.gather(*(_produce(channel, STREAM, batches, window) for channel, batches in streams))
+        return time.perf_counter() - started_at
+
+
+async def topology(address: str) -> admin_service_pb2.GetTopologyResponse:
+    """Which shard owns which users."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        ask: Any = channel.unary_unary(TOPOLOGY)
+        return admin_service_pb2.GetTopologyResponse.FromString(await ask(b"", timeout=30))
 
 
 async def _produce(channel: grpc.aio.Channel, method: str, batches: list[bytes], window: int) -> None:

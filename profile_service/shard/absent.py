@@ -9,6 +9,7 @@ from profile_service.errors import Unavailable
 from profile_service.shard.health import FAILED, Health
 from profile_service.shard.shard import Sender, ShardCounters
 from profile_service.wire.apply_request import ApplyPart
+from profile_service.wire.plan import WirePlan
 
 RECOVERING_RETRY_S = 0.5
 FAILED_RETRY_S = 10.0
@@ -33,6 +34,11 @@ class AbsentShard:
 
     async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
         """There is nothing."""
+
+    @property
+    def plan(self) -> WirePlan:
+        """Raises Unavailable."""
+        self._refuse()
 
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None

@@ -24,9 +24,7 @@ from profile_service.config import Capacity
 from profile_service.domain.decay import NS
 from profile_service.domain.kernel import inlined_kernel, leaf_kernel, prefetch, to_i64
 from profile_service.domain.memory import reserve
-
-REQUEST_PREFIX = "request:"
-"""A producer id that starts so names a single request, which has no successor."""
+from profile_service.wire.apply_request import REQUEST_PREFIX
 
 MOST_PRODUCERS = 100_000
 MOST_REQUESTS = 1_000_000

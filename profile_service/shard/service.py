@@ -1,6 +1,9 @@
 """The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it. It serves
 from the first moment on: a stand-in says that the shard recovers until `serve` brings the shard itself.
 
+Frontends come here over the internal service, and whoever knows the topology over a part of the public one: reads
+(`rpc.query`) and producers' streams (`rpc.producer_streams`) of this shard's own users.
+
 A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait.
 Requests are submitted without waiting for the one before, answers go out as they come, as many as are ready in one
 message.
@@ -24,7 +27,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import aio
 
-from profile_service.config import KIB, MIB, Settings
+from profile_service.clock import Clock, system_clock
+from profile_service.config import KIB, MIB, STREAM_LOOKAHEAD_BYTES, Settings
 from profile_service.errors import (
     InvalidArgument,
     NotMine,
@@ -35,20 +39,25 @@ from profile_service.errors import (
 )
 from profile_service.rpc.query import Query
 from profile_service.rpc.status import abort, is_foreseen
+from profile_service.shard.direct import DirectIngest
 from profile_service.shard.health import Health
 from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
 from profile_service.wire.apply_request import ApplyPart, decode_request
+from profile_service.wire.plan import WirePlan
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "userprofile.internal.v1.ShardService"
-PUBLIC_SERVICE = "userprofile.v1.ProfileService"
-"""What callers find of it who come straight here: reads of this shard's users."""
+PROFILE_SERVICE = "userprofile.v1.ProfileService"
+EVENT_SERVICE = "userprofile.v1.EventService"
 
 REQUEST_OVERHEAD_BYTES = MIB
 """A request may be so much larger than the largest batch."""
 
 OVERLOAD_PATIENCE_S = 1.0
 """A full shard stops reading the stream for so long before it refuses."""
+
+PRODUCER_PATIENCE_S = 10.0
+"""The same for a producer's stream: a new one would bring the same again."""
 
 OVERLOAD_POLL_S = 0.005
 READ_SLICE_USERS = 128
@@ -83,6 +92,10 @@ class ServedShard(Protocol):
     async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
         """As Shard.bring."""
 
+    @property
+    def plan(self) -> WirePlan:
+        """As Shard.plan."""
+
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
     ) -> None:
@@ -111,7 +124,7 @@ class ShardServer:
         health: how the shard does.
     """
 
-    def __init__(self, shard: ServedShard, settings: Settings, health: Health) -> None:
+    def __init__(self, shard: ServedShard, settings: Settings, health: Health, clock: Clock = system_clock) -> None:
         self._shard = shard
         self._health = health
         self._window_bytes = settings.capacity.owner_window_bytes
@@ -121,6 +134,9 @@ class ShardServer:
                 ("grpc.max_receive_message_length", settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
+                # As at a frontend, so that a producer's stream that is not read takes no more than this.
+                ("grpc.http2.bdp_probe", 0),
+                ("grpc.http2.lookahead_bytes", STREAM_LOOKAHEAD_BYTES),
                 # Frontends ping to find out that a shard has gone; that is no abuse.
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
@@ -128,7 +144,9 @@ class ShardServer:
             ]
         )
         self._query = Query(self, settings.limits)
-        self._server.add_generic_rpc_handlers((self._handlers(), self._public_handlers()))
+        submit = functools.partial(self._submit, patience_s=PRODUCER_PATIENCE_S)
+        self._ingest = DirectIngest(lambda: self._shard, submit, settings, clock)
+        self._server.add_generic_rpc_handlers((self._handlers(), *self._public_handlers()))
 
     async def start(self) -> str:
         """Begins to serve; returns host:port, by which this machine's frontends reach it."""
@@ -141,9 +159,11 @@ class ShardServer:
     def serve(self, shard: ServedShard) -> None:
         """From now on this is the shard."""
         self._shard = shard
+        self._ingest.warm_up()
 
     async def stop(self, grace_s: float) -> None:
         """Ends: takes no new call, and gives those that run so long to end."""
+        self._ingest.drain()
         await self._server.stop(grace_s)
 
     def _handlers(self) -> grpc.GenericRpcHandler:
@@ -170,7 +190,7 @@ class ShardServer:
             },
         )
 
-    def _public_handlers(self) -> grpc.GenericRpcHandler:
+    def _public_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         calls: dict[str, UnaryCall] = {
             "GetProfile": self._query.get_profile,
             "BatchGetProfiles": self._query.batch_get_profiles,
@@ -179,7 +199,12 @@ class ShardServer:
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             name: grpc.unary_unary_rpc_method_handler(_answering(call)) for name, call in calls.items()
         }
-        return grpc.method_handlers_generic_handler(PUBLIC_SERVICE, handlers)
+        streaming = _streaming(self._ingest.stream_events)
+        stream: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(streaming)
+        return (
+            grpc.method_handlers_generic_handler(PROFILE_SERVICE, handlers),
+            grpc.method_handlers_generic_handler(EVENT_SERVICE, {"StreamEvents": stream}),
+        )
 
     async def _apply(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
         await context.send_initial_metadata(())
@@ -199,11 +224,16 @@ class ShardServer:
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
 
     async def _submit(
-        self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender
+        self,
+        parts: Sequence[ApplyPart],
+        size_bytes: int,
+        epoch: int,
+        sender: Sender,
+        patience_s: float = OVERLOAD_PATIENCE_S,
     ) -> asyncio.Task[None]:
         """Hands a request to the shard; returns once the shard has taken or refused it. A full shard is waited for a
         while: meanwhile the stream is not read, and no later request can get ahead."""
-        give_up_at = asyncio.get_running_loop().time() + OVERLOAD_PATIENCE_S
+        give_up_at = asyncio.get_running_loop().time() + patience_s
         while True:
             submission = asyncio.create_task(self._shard.submit(parts, size_bytes, epoch, sender))
             # `submit` takes or refuses before it first waits.
@@ -401,6 +431,23 @@ def _answering(call: UnaryCall) -> Callable[[bytes, ServerContext], Awaitable[by
     async def answer(request: bytes, context: ServerContext) -> bytes:
         try:
             return await call(request, None)
+        except Exception as error:  # Whatever it is, it becomes a status.
+            if not is_foreseen(error):
+                logger.error("%s failed", call.__name__, exc_info=error)
+            await abort(context, error)
+
+    return answer
+
+
+def _streaming(
+    call: Callable[[AsyncIterator[bytes]], AsyncIterator[bytes]],
+) -> Callable[[AsyncIterator[bytes], ServerContext], AsyncIterator[bytes]]:
+    """The same for a stream of requests and responses."""
+
+    async def answer(requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
+        try:
+            async for response in call(requests):
+                yield response
         except Exception as error:  # Whatever it is, it becomes a status.
             if not is_foreseen(error):
                 logger.error("%s failed", call.__name__, exc_info=error)

@@ -166,7 +166,7 @@ class Shard:
         self._snapshotter = snapshotter
         self._capacity = capacity
         self._clock = clock
-        self._plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
+        self.plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         self._population: Population | None = None
         self._feature_names = {feature.name for feature in schema.features}
         self._queue: deque[_Submission] = deque()
@@ -355,7 +355,7 @@ class Shard:
                 if len(part.events) > MAX_PAYLOAD_BYTES - RECORD_OVERHEAD_BYTES:
                     most = f"a record of the log holds {MAX_PAYLOAD_BYTES}"
                     raise InvalidArgument("parts.events", f"has {len(part.events)} bytes, {most}")
-                columns = decode_events(part.events, self._plan, part.arrival_time_ns, count=part.event_count)
+                columns = decode_events(part.events, self.plan, part.arrival_time_ns, count=part.event_count)
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)

@@ -16,6 +16,9 @@ from userprofile.internal.v1 import shard_pb2
 _REQUEST = shard_pb2.ApplyRequest
 _PART = shard_pb2.ApplyRequest.Part
 
+REQUEST_PREFIX = "request:"
+"""A producer id that starts so names a single request, which has no successor."""
+
 _NUMBERS_BYTES = 48
 """Of a part's numbers, with tags and lengths."""
 

@@ -1,8 +1,9 @@
 """Framing of a batch, as kernels: where its events are. Events themselves are not looked into.
 
-    request = (0x0A length Event | 2 name | 3 sequence | unknown field)*
+    request = (0x0A length Event | 2 name | 3 sequence | 4 acknowledged | unknown field)*
 
-StreamEventsRequest (name: producer_id, sequence) and IngestEventsRequest (name: request_id) share this shape.
+StreamEventsRequest (name: producer_id, sequence, acknowledged_sequence) and IngestEventsRequest (name: request_id)
+share this shape.
 """
 
 from __future__ import annotations
@@ -27,13 +28,18 @@ from profile_service.wire.work import LAST
 EVENT_TAG = 0x0A
 _NAME_TAG = 0x12
 _SEQUENCE_TAG = 0x18
+_ACKNOWLEDGED_TAG = 0x20
 
 COUNT = 0
 NAME_OFFSET = 1
 NAME_LENGTH = 2
 SEQUENCE = 3
-FRAME_SLOTS = 4
+ACKNOWLEDGED = 4
+FRAME_SLOTS = 5
 """Slots of the `frame` array below."""
+
+NOT_TOLD = -1
+"""In the slot ACKNOWLEDGED of a message without the field."""
 
 
 def as_buffer(message: bytes | bytearray | memoryview) -> NDArray[np.uint8]:
@@ -50,6 +56,7 @@ def check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool) -> NDAr
     With `events_only` anything but events is damage. Raises InvalidArgument naming the byte offset of the damage.
     """
     frame = np.zeros(FRAME_SLOTS, np.int64)
+    frame[ACKNOWLEDGED] = NOT_TOLD
     position = _check_frame(buffer, most, events_only, frame)
     if position < 0:
         offset, is_text = fault_offset(position)
@@ -148,6 +155,12 @@ def _check_frame(buffer: NDArray[np.uint8], most: int, events_only: bool, frame:
             if pos < 0:
                 return pos
             frame[SEQUENCE] = to_i64(value)
+        elif tag == _ACKNOWLEDGED_TAG:
+            value, pos = read_varint(buffer, pos, end)
+            if pos < 0:
+                return pos
+            # Less than nothing, which the field's type allows, must not look like its absence.
+            frame[ACKNOWLEDGED] = to_i64(value) if to_i64(value) >= 0 else NOT_TOLD - 1
         else:
             pos = skip_unknown(buffer, pos, end, tag, 0, work)
             if pos < 0:

@@ -16,7 +16,17 @@ from profile_service.domain.hashing import xxh64
 from profile_service.domain.kernel import kernel
 from profile_service.errors import InvalidArgument
 from profile_service.wire.event import VALID, explain_event, read_event
-from profile_service.wire.frame import COUNT, NAME_LENGTH, NAME_OFFSET, SEQUENCE, as_buffer, check_frame, next_event
+from profile_service.wire.frame import (
+    ACKNOWLEDGED,
+    COUNT,
+    NAME_LENGTH,
+    NAME_OFFSET,
+    NOT_TOLD,
+    SEQUENCE,
+    as_buffer,
+    check_frame,
+    next_event,
+)
 from profile_service.wire.plan import WirePlan
 from profile_service.wire.reasons import describe
 from profile_service.wire.work import IGNORED, STACKS, USER_LENGTH, USER_OFFSET, limit_slots, make_work
@@ -41,6 +51,8 @@ class ScannedBatch:
     """producer_id of a StreamEventsRequest, request_id of an IngestEventsRequest."""
     sequence: int
     """sequence of a StreamEventsRequest."""
+    acknowledged_sequence: int | None
+    """acknowledged_sequence of a StreamEventsRequest; None where it is not set, negative where it is."""
     ignored_attributes: int
     """Attributes of valid events that the schema does not declare."""
     rejected_count: int
@@ -119,6 +131,7 @@ def scan_batch(message: bytes | bytearray | memoryview, plan: WirePlan, limits: 
         status=status,
         name=name,
         sequence=int(frame[SEQUENCE]),
+        acknowledged_sequence=None if frame[ACKNOWLEDGED] == NOT_TOLD else int(frame[ACKNOWLEDGED]),
         ignored_attributes=ignored,
         rejected_count=rejected,
         plan=plan,

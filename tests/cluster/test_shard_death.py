@@ -15,7 +15,7 @@ from profile_service.cluster.batches import Lane
 from profile_service.cluster.router import Router
 from profile_service.config import Capacity
 from profile_service.errors import DeadlineExceeded, Superseded, Unavailable
-from profile_service.shard.dedupe import REQUEST_PREFIX
+from profile_service.wire.apply_request import REQUEST_PREFIX
 from tests.cluster.local_cluster import LocalCluster, encode, running, scan, until
 from userprofile.v1 import profile_pb2
 

@@ -13,9 +13,8 @@ from profile_service.cluster import router as router_module
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.config import Capacity, Limits
 from profile_service.errors import InvalidArgument, NotFound, ResourceExhausted, Superseded, Unavailable
-from profile_service.frontends import acknowledgements
-from profile_service.frontends import ingest as ingest_module
 from profile_service.frontends.api import Api
+from profile_service.rpc import acknowledgements, producer_streams
 from profile_service.wire.apply_request import ApplyPart
 from tests.cluster.local_cluster import FakeShard, encode, until
 from tests.frontends.api_harness import GRPC, Producer, another_api, api_over_shards
@@ -169,7 +168,7 @@ async def test_batches_that_are_held_are_told_one_by_one_with_what_was_refused()
 
 
 async def test_a_producer_that_does_not_listen_to_what_is_refused_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest_module, "MOST_UNTOLD", 50)
+    monkeypatch.setattr(producer_streams, "MOST_UNTOLD", 50)
     monkeypatch.setattr(acknowledgements, "REJECTED_PER_RESPONSE", 10)
     async with api_over_shards() as (api, _, _):
         producer = Producer(api)
@@ -371,7 +370,7 @@ async def test_a_producer_that_goes_away_leaves_nothing_behind() -> None:
         waiting.cancel()
         await asyncio.wait([waiting])
         await producer.leave()
-        assert api.ingest._streams == {}
+        assert api.ingest._streams._streams == {}
         await asyncio.wait_for(api.idle(), 5)
 
 

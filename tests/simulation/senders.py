@@ -14,7 +14,7 @@ import xxhash
 from profile_service.cluster.apply_stream import ApplyStream
 from profile_service.cluster.batches import Batch, Lane, Part
 from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, Unavailable
-from profile_service.shard.dedupe import REQUEST_PREFIX
+from profile_service.wire.apply_request import REQUEST_PREFIX
 from tests.simulation.events import Event, Events, part_of
 from tests.simulation.model import Ledger, Violation
 from tests.simulation.network import CallLost, Network

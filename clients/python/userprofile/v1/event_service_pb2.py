@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from userprofile.v1 import event_pb2 as userprofile_dot_v1_dot_event__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"userprofile/v1/event_service.proto\x12\x0euserprofile.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1auserprofile/v1/event.proto\"c\n\x13StreamEventsRequest\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.userprofile.v1.Event\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\"Y\n\x14StreamEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x08rejected\x18\x02 \x03(\x0b\x32\x1d.userprofile.v1.RejectedEvent\"P\n\x13IngestEventsRequest\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.userprofile.v1.Event\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"_\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05\x12/\n\x08rejected\x18\x02 \x03(\x0b\x32\x1d.userprofile.v1.RejectedEvent2\xe6\x01\n\x0c\x45ventService\x12]\n\x0cStreamEvents\x12#.userprofile.v1.StreamEventsRequest\x1a$.userprofile.v1.StreamEventsResponse(\x01\x30\x01\x12w\n\x0cIngestEvents\x12#.userprofile.v1.IngestEventsRequest\x1a$.userprofile.v1.IngestEventsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"userprofile/v1/event_service.proto\x12\x0euserprofile.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1auserprofile/v1/event.proto\"\xa1\x01\n\x13StreamEventsRequest\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.userprofile.v1.Event\x12\x13\n\x0bproducer_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\"\n\x15\x61\x63knowledged_sequence\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x18\n\x16_acknowledged_sequence\"Y\n\x14StreamEventsResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12/\n\x08rejected\x18\x02 \x03(\x0b\x32\x1d.userprofile.v1.RejectedEvent\"P\n\x13IngestEventsRequest\x12%\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x15.userprofile.v1.Event\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"_\n\x14IngestEventsResponse\x12\x16\n\x0e\x61\x63\x63\x65pted_count\x18\x01 \x01(\x05\x12/\n\x08rejected\x18\x02 \x03(\x0b\x32\x1d.userprofile.v1.RejectedEvent2\xe6\x01\n\x0c\x45ventService\x12]\n\x0cStreamEvents\x12#.userprofile.v1.StreamEventsRequest\x1a$.userprofile.v1.StreamEventsResponse(\x01\x30\x01\x12w\n\x0cIngestEvents\x12#.userprofile.v1.IngestEventsRequest\x1a$.userprofile.v1.IngestEventsResponse\"\x1c\x82\xd3\xe4\x93\x02\x16\"\x11/v1/events:ingest:\x01*b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EVENTSERVICE'].methods_by_name['IngestEvents']._loaded_options = None
   _globals['_EVENTSERVICE'].methods_by_name['IngestEvents']._serialized_options = b'\202\323\344\223\002\026\"\021/v1/events:ingest:\001*'
-  _globals['_STREAMEVENTSREQUEST']._serialized_start=112
-  _globals['_STREAMEVENTSREQUEST']._serialized_end=211
-  _globals['_STREAMEVENTSRESPONSE']._serialized_start=213
-  _globals['_STREAMEVENTSRESPONSE']._serialized_end=302
-  _globals['_INGESTEVENTSREQUEST']._serialized_start=304
-  _globals['_INGESTEVENTSREQUEST']._serialized_end=384
-  _globals['_INGESTEVENTSRESPONSE']._serialized_start=386
-  _globals['_INGESTEVENTSRESPONSE']._serialized_end=481
-  _globals['_EVENTSERVICE']._serialized_start=484
-  _globals['_EVENTSERVICE']._serialized_end=714
+  _globals['_STREAMEVENTSREQUEST']._serialized_start=113
+  _globals['_STREAMEVENTSREQUEST']._serialized_end=274
+  _globals['_STREAMEVENTSRESPONSE']._serialized_start=276
+  _globals['_STREAMEVENTSRESPONSE']._serialized_end=365
+  _globals['_INGESTEVENTSREQUEST']._serialized_start=367
+  _globals['_INGESTEVENTSREQUEST']._serialized_end=447
+  _globals['_INGESTEVENTSRESPONSE']._serialized_start=449
+  _globals['_INGESTEVENTSRESPONSE']._serialized_end=544
+  _globals['_EVENTSERVICE']._serialized_start=547
+  _globals['_EVENTSERVICE']._serialized_end=777
 # @@protoc_insertion_point(module_scope)

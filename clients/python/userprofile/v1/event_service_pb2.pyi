@@ -22,12 +22,21 @@ class StreamEventsRequest(google.protobuf.message.Message):
     EVENTS_FIELD_NUMBER: builtins.int
     PRODUCER_ID_FIELD_NUMBER: builtins.int
     SEQUENCE_FIELD_NUMBER: builtins.int
+    ACKNOWLEDGED_SEQUENCE_FIELD_NUMBER: builtins.int
     producer_id: builtins.str
     """Who sends, kept across reconnects; set on the first message of a stream. At most 256 bytes of UTF-8.
     An empty producer_id gives an anonymous stream, whose batches are counted as often as they are sent.
     """
     sequence: builtins.int
-    """Number of this batch: 1, 2, 3 … of this producer."""
+    """Number of this batch: 1, 2, 3 … of this producer. 0, and no events, for a message that only tells
+    acknowledged_sequence.
+    """
+    acknowledged_sequence: builtins.int
+    """Set by a producer that splits its batches: every batch up to this one is acknowledged by everyone who had a part of
+    it. It is what a producer that comes back is told, so it must never be ahead of that. Set on the first message of a
+    stream, it makes the stream sparse; a stream straight to an owner always is. Without it a frontend takes what it
+    has acknowledged itself, and an owner nothing.
+    """
     @property
     def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[userprofile.v1.event_pb2.Event]:
         """The batch's events, at most 10,000."""
@@ -38,8 +47,11 @@ class StreamEventsRequest(google.protobuf.message.Message):
         events: collections.abc.Iterable[userprofile.v1.event_pb2.Event] | None = ...,
         producer_id: builtins.str = ...,
         sequence: builtins.int = ...,
+        acknowledged_sequence: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["events", b"events", "producer_id", b"producer_id", "sequence", b"sequence"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_acknowledged_sequence", b"_acknowledged_sequence", "acknowledged_sequence", b"acknowledged_sequence"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_acknowledged_sequence", b"_acknowledged_sequence", "acknowledged_sequence", b"acknowledged_sequence", "events", b"events", "producer_id", b"producer_id", "sequence", b"sequence"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_acknowledged_sequence", b"_acknowledged_sequence"]) -> typing.Literal["acknowledged_sequence"] | None: ...
 
 global___StreamEventsRequest = StreamEventsRequest
 
@@ -52,7 +64,9 @@ class StreamEventsResponse(google.protobuf.message.Message):
     SEQUENCE_FIELD_NUMBER: builtins.int
     REJECTED_FIELD_NUMBER: builtins.int
     sequence: builtins.int
-    """Every batch up to this one is durable and readable."""
+    """Every batch of the stream up to this one is durable and readable; in the answer to the first message, every batch
+    of the producer.
+    """
     @property
     def rejected(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[userprofile.v1.event_pb2.RejectedEvent]:
         """Events refused in the batches that this message acknowledges."""

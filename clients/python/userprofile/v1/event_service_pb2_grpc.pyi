@@ -28,6 +28,14 @@ class EventServiceStub:
     """The producer's stream. The first message names the producer; the answer to it says up to which sequence the
     service already holds everything durably. Batches follow, numbered 1, 2, 3 … by the producer, and are
     acknowledged in order. A batch sent again is not counted again.
+
+    A producer may also split its batches by the owners of their users (AdminService.GetTopology), and send each part,
+    under its batch's number, over a stream straight to the owner; what has no owner that it can reach goes over one to
+    a frontend. Such a stream is sparse: numbers rise, but some are left out. An owner takes events of its own users
+    only; a batch that holds others ends the stream with UNAVAILABLE, reason NOT_MINE, and nothing of it is kept. The
+    producer then asks for the topology, splits anew what is not acknowledged by all owners, and sends it on new
+    streams, from its lowest number on. Whenever it changes the way by which a user's events go, it does the same: so
+    no batch overtakes an earlier one of the same user.
     """
 
     IngestEvents: grpc.UnaryUnaryMultiCallable[
@@ -46,6 +54,14 @@ class EventServiceAsyncStub:
     """The producer's stream. The first message names the producer; the answer to it says up to which sequence the
     service already holds everything durably. Batches follow, numbered 1, 2, 3 … by the producer, and are
     acknowledged in order. A batch sent again is not counted again.
+
+    A producer may also split its batches by the owners of their users (AdminService.GetTopology), and send each part,
+    under its batch's number, over a stream straight to the owner; what has no owner that it can reach goes over one to
+    a frontend. Such a stream is sparse: numbers rise, but some are left out. An owner takes events of its own users
+    only; a batch that holds others ends the stream with UNAVAILABLE, reason NOT_MINE, and nothing of it is kept. The
+    producer then asks for the topology, splits anew what is not acknowledged by all owners, and sends it on new
+    streams, from its lowest number on. Whenever it changes the way by which a user's events go, it does the same: so
+    no batch overtakes an earlier one of the same user.
     """
 
     IngestEvents: grpc.aio.UnaryUnaryMultiCallable[
@@ -66,6 +82,14 @@ class EventServiceServicer(metaclass=abc.ABCMeta):
         """The producer's stream. The first message names the producer; the answer to it says up to which sequence the
         service already holds everything durably. Batches follow, numbered 1, 2, 3 … by the producer, and are
         acknowledged in order. A batch sent again is not counted again.
+
+        A producer may also split its batches by the owners of their users (AdminService.GetTopology), and send each part,
+        under its batch's number, over a stream straight to the owner; what has no owner that it can reach goes over one to
+        a frontend. Such a stream is sparse: numbers rise, but some are left out. An owner takes events of its own users
+        only; a batch that holds others ends the stream with UNAVAILABLE, reason NOT_MINE, and nothing of it is kept. The
+        producer then asks for the topology, splits anew what is not acknowledged by all owners, and sends it on new
+        streams, from its lowest number on. Whenever it changes the way by which a user's events go, it does the same: so
+        no batch overtakes an earlier one of the same user.
         """
 
     @abc.abstractmethod

@@ -5,11 +5,15 @@ in flight               3         5      so everything up to 2 can be acknowledg
 
 A stream may begin with batches that were acknowledged before it. They are acknowledged again one by one, so that each
 answer names what was refused in the batches up to it, and no answer comes before the refusals that belong to it.
+
+Sequences of a sparse stream leave some out. What is told is always the sequence of a batch that came.
 """
 
 from __future__ import annotations
 
-from sortedcontainers import SortedDict, SortedList
+from collections import deque
+
+from sortedcontainers import SortedDict
 
 from userprofile.v1 import event_pb2, event_service_pb2
 
@@ -21,7 +25,7 @@ Rejected = tuple[int, str, str]
 
 
 class Acknowledgements:
-    """The batches of one stream, whose sequences ascend one by one.
+    """The batches of one stream, whose sequences ascend.
 
     >>> ledger = Acknowledgements(0)
     >>> ledger.begin(1, []); ledger.begin(2, []); ledger.end(2)
@@ -36,18 +40,20 @@ class Acknowledgements:
 
     def __init__(self, held: int) -> None:
         self.held = held
-        self._first = 0
         self._last = 0
+        self._ended = 0
+        """Every batch of the stream up to this one has ended; 0 where not even the first one has."""
         self._told = 0
-        self._in_flight: SortedList[int] = SortedList()
+        self._in_flight: set[int] = set()
+        self._waiting: deque[int] = deque()
+        """The batches after `_ended`, in order."""
         self._rejected: SortedDict[int, list[Rejected]] = SortedDict()
         self._rejected_count = 0
 
     @property
     def acknowledged(self) -> int:
         """Everything up to here is durable and readable."""
-        ended = self._ended()
-        return max(self.held, ended) if ended >= self._first else self.held
+        return max(self.held, self._ended)
 
     @property
     def in_flight(self) -> int:
@@ -61,12 +67,13 @@ class Acknowledgements:
 
     def begin(self, sequence: int, rejected: list[Rejected]) -> None:
         """A batch is on its way; of it, some events were refused."""
-        self._came(sequence, rejected)
         self._in_flight.add(sequence)
+        self._came(sequence, rejected)
 
     def end(self, sequence: int) -> None:
         """A batch is durable and readable."""
         self._in_flight.remove(sequence)
+        self._advance()
 
     def repeat(self, sequence: int, rejected: list[Rejected]) -> None:
         """A batch came that is held: its sender is to hear of it again."""
@@ -75,14 +82,15 @@ class Acknowledgements:
 
     def take(self) -> event_service_pb2.StreamEventsResponse | None:
         """What is to be told now: as many batches as are done; None where nothing is."""
-        sequence = self._ended()
-        if sequence <= self._told:
+        sequence = self._ended
+        if sequence == self._told:
             return None
         response = event_service_pb2.StreamEventsResponse()
+        refused_in = 0
         while self._rejected and self._rejected.peekitem(0)[0] <= sequence:
             if len(response.rejected) >= REJECTED_PER_RESPONSE:
                 # The batch that comes next in `_rejected` is told in the next response, and so is all that follows it.
-                sequence = self._rejected.peekitem(0)[0] - 1
+                sequence = refused_in
                 break
             refused_in, events = self._rejected.popitem(0)
             self._rejected_count -= len(events)
@@ -94,21 +102,23 @@ class Acknowledgements:
         return response
 
     def _came(self, sequence: int, rejected: list[Rejected]) -> None:
-        if not self._first:
-            self._first, self._told = sequence, sequence - 1
-        else:
-            assert sequence == self._last + 1
+        assert sequence > self._last
         self._last = sequence
+        self._waiting.append(sequence)
+        self._advance()
         if rejected:
             self._rejected[sequence] = rejected
             self._rejected_count += len(rejected)
 
-    def _ended(self) -> int:
-        """Every batch of the stream up to this one has ended."""
-        return self._in_flight[0] - 1 if self._in_flight else self._last
+    def _advance(self) -> None:
+        while self._waiting and self._waiting[0] not in self._in_flight:
+            self._ended = self._waiting.popleft()
 
     def check_invariants(self) -> None:
         """Asserts that nothing in flight is acknowledged."""
-        assert not self._in_flight or self.acknowledged < self._in_flight[0] <= self._in_flight[-1] <= self._last
-        assert self._told <= max(self._ended(), self._first - 1)
+        assert self._in_flight <= set(self._waiting)
+        assert list(self._waiting) == sorted(self._waiting)
+        assert not self._waiting or self._ended < self._waiting[0] <= self._waiting[-1] == self._last
+        assert not self._in_flight or self.acknowledged < min(self._in_flight)
+        assert self._told <= self._ended
         assert self._rejected_count == sum(map(len, self._rejected.values()))

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profile_service.frontends import acknowledgements
-from profile_service.frontends.acknowledgements import Acknowledgements
+from profile_service.rpc import acknowledgements
+from profile_service.rpc.acknowledgements import Acknowledgements
 
 
 @given(
