@@ -24,9 +24,11 @@ from benchmarks import producing, reading
 from benchmarks.crowd import Crowd
 from benchmarks.kernels import measure_kernels
 from benchmarks.load import Load, build_load
+from benchmarks.split import split_load
 
 _FILLED_AT_ONCE = 100
 """Batches of a crowd."""
+
 _QUANTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 
 
@@ -197,13 +199,7 @@ def _send(address: str, method: str, producers: int, window: int) -> Sent:
 def _split(address: str) -> None:
     """The shards' addresses, and the load of each."""
     global _parts  # noqa: PLW0603
-    topology = asyncio.run(producing.topology(address))
-    position = {shard.shard_id: number for number, shard in enumerate(topology.shards)}
-    owners = np.empty(topology.partition_count, np.int32)
-    for extent in topology.ranges:
-        owners[extent.first_partition : extent.last_partition + 1] = position[extent.shard_id]
-    loads = _load.split(owners, len(topology.shards))
-    _parts = [(shard.address, load) for shard, load in zip(topology.shards, loads, strict=True)]
+    _parts = split_load(_load, asyncio.run(producing.topology(address)))
     gc.collect()
     gc.freeze()
 
