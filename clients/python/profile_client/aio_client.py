@@ -29,7 +29,7 @@ from profile_client.errors import (
 )
 from profile_client.events import Event, frame_all, set_attributes, unframe
 from profile_client.options import ProducerOptions
-from profile_client.owners import FIRST_TRY_S, TRY_S, Owner, Owners
+from profile_client.owners import FIRST_TRY_S, TRY_S, Owner, OwnerAccess, Owners
 from profile_client.profiles import BatchProfiles, Profile, RankedItem, Ranking
 from userprofile.v1 import (
     admin_service_pb2,
@@ -61,8 +61,9 @@ class AsyncProfileClient:
         address: host:port of a frontend's gRPC server.
         timeout_s: how long a call may take, tries and waits together; each call can be given its own.
         channel_credentials: for TLS; without them the connection is in the clear.
-        direct: whether reads of profiles go straight to the shards that own them. Those that cannot be reached from
-            here, or do not answer, are read through the frontend. With `channel_credentials` all are.
+        direct: whether reads of profiles, and events of producers, go straight to the shards that own the users. What
+            cannot be reached from here, or does not answer, is asked of, and sent to, the frontend. With
+            `channel_credentials` all is.
     """
 
     def __init__(
@@ -142,13 +143,19 @@ class AsyncProfileClient:
             while self._retired and self._retired[0][0] < time.monotonic():
                 await self._retired.pop(0)[1].close()
 
-    def _stub_of(self, owner: Owner) -> Any:
-        stub = self._stubs.get(owner.address)
-        if stub is None:
+    def _channel_of(self, owner: Owner) -> grpc.aio.Channel:
+        channel = self._channels.get(owner.address)
+        if channel is None:
             channel = self._channels.setdefault(
                 owner.address, grpc.aio.insecure_channel(owner.address, options=CHANNEL_OPTIONS)
             )
-            stub = self._stubs.setdefault(owner.address, profile_service_pb2_grpc.ProfileServiceStub(channel))
+        return channel
+
+    def _stub_of(self, owner: Owner) -> Any:
+        stub = self._stubs.get(owner.address)
+        if stub is None:
+            made: Any = profile_service_pb2_grpc.ProfileServiceStub(self._channel_of(owner))
+            stub = self._stubs.setdefault(owner.address, made)
         return stub
 
     def _refused(self, owners: Owners, owner: Owner, rpc_error: Any, try_s: float) -> ServiceError:
@@ -334,7 +341,9 @@ class AsyncProfileClient:
                 one that connects later ends the other. Without one, a random id.
             options: how it batches, how much it holds, and when it gives up.
         """
-        producer = AsyncProducer(self._channel, producer_id, options)
+        owners = self._owners
+        access = None if owners is None else OwnerAccess(owners, self._learn_owners, self._channel_of)
+        producer = AsyncProducer(self._channel, producer_id, options, access)
         self._producers.add(producer)
         return producer
 

@@ -1,13 +1,15 @@
 """The asyncio producer. `producer.py` is made from this file by `scripts/generate_sync_client.py`: change this one.
 
-`send` puts into a window; in the background one stream after the other is kept open and takes acknowledgements. What is
-sent, when, and when again is `window.py`'s and `reconnect.py`'s; here is the I/O around them. One lock guards the
-window, and whatever changes wakes those who wait for room, for acknowledgements, or for something to send.
+`send` puts into a window; in the background one conversation after the other is kept up, of a stream to a frontend and
+streams straight to owners, and takes acknowledgements. What is sent, when, and when again is `window.py`'s and
+`reconnect.py`'s, by which way is that of `ways.py`; here is the I/O around them. One lock guards them, and whatever
+changes wakes those who wait for room, for acknowledgements, or for something to send.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 import uuid
@@ -32,12 +34,21 @@ from profile_client.errors import (
 )
 from profile_client.events import Event, frame
 from profile_client.options import ProducerOptions
+from profile_client.owners import TRY_S, OwnerAccess
 from profile_client.reconnect import Reconnection
-from profile_client.stream import METHOD, encode_batch, encode_hello, parse_response
-from profile_client.window import Batch, ProducerWindow
+from profile_client.stream import METHOD, encode_acknowledged, encode_hello, encode_part, parse_response
+from profile_client.ways import FRONTEND, Part, Way, Ways
+from profile_client.window import ProducerWindow
 
 LONGEST_WAIT_S = 3600.0
 """Whoever waits looks up so often, whatever happens."""
+TELL_S = 0.1
+"""How often a frontend is told what is acknowledged of batches that went straight to owners: what a producer hears that
+comes back after its process was killed is as old."""
+TURN_S = 1.0
+"""How long a conversation lasts at least before another one is begun to go straight to more owners."""
+GOODBYE_S = 0.5
+"""How long it may take to be told the last of it."""
 
 
 class AsyncProducer:
@@ -54,11 +65,16 @@ class AsyncProducer:
     """
 
     def __init__(
-        self, channel: grpc.aio.Channel, producer_id: str | None = None, options: ProducerOptions | None = None
+        self,
+        channel: grpc.aio.Channel,
+        producer_id: str | None = None,
+        options: ProducerOptions | None = None,
+        access: OwnerAccess | None = None,
     ) -> None:
         self.producer_id = producer_id or uuid.uuid4().hex
         self.options = options or ProducerOptions()
         self._stream: Any = channel.stream_stream(METHOD)
+        self._access = access
         self._window = ProducerWindow(self.options)
         self._reconnection = Reconnection(self.options)
         self._changed = Condition()
@@ -66,8 +82,9 @@ class AsyncProducer:
         self._connected = False
         self._was_told = False
         self._last_error: ServiceError | None = None
-        self._call: Any = None
         self._generation = 0
+        self._turn_at = float("inf")
+        """When other ways may be found than those that are used."""
         self._background = Background(self._run, f"producer {self.producer_id}")
 
     async def __aenter__(self) -> Self:
@@ -230,7 +247,6 @@ class AsyncProducer:
             async with self._changed:
                 self._closing = True
                 self._changed.notify_all()
-            self._cancel_call()
             await self._background.join()
 
     async def _wait(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -245,7 +261,6 @@ class AsyncProducer:
             stalled_s = window.stalled_s(now)
             if stalled_s > self.options.give_up_s:
                 window.failure = self._given_up(self._last_error)
-                self._cancel_call()
                 self._changed.notify_all()
                 break
             look_again_in_s = min(self.options.give_up_s - stalled_s + 0.01, LONGEST_WAIT_S)
@@ -283,11 +298,7 @@ class AsyncProducer:
     async def _keep_streaming(self) -> ProfileClientError | None:
         """One stream after the other, until one ends for good: why; None where the producer was closed."""
         while True:
-            error = None
-            try:
-                await self._converse()
-            except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error)
+            error = await self._converse()
             async with self._changed:
                 was_connected, self._connected = self._connected, False
                 if self._has_ended():
@@ -309,35 +320,136 @@ class AsyncProducer:
                     await self._changed.wait(until - now)
                     now = time.monotonic()
 
-    async def _converse(self) -> None:
-        """One stream, from its first message until it ends."""
+    async def _converse(self) -> ServiceError | None:
+        """One stream to a frontend, and beside it those straight to owners, until one of them ends: what with."""
+        ways = await self._find_ways()
         async with self._changed:
             if self._has_ended():
-                return
+                return None
             self._generation += 1
-            self._call = call = self._stream(self._requests(self._generation))
+            generation = self._generation
+        listening = [self._begin(ways, FRONTEND, self._stream, generation)]
         try:
-            async for message in call:
-                sequence, refused = parse_response(message)
-                async with self._changed:
-                    if self._connected:
-                        self._acknowledge(sequence, refused)
-                    else:
-                        self._window.connected(sequence)
-                        self._connected = self._was_told = self._window.failure is None
-                    self._changed.notify_all()
-                    if self._window.failure is not None:
-                        return
+            async with self._changed:
+                while not (self._connected or ways.have_ended or self._has_ended()):
+                    await self._changed.wait()
+            if self._access is not None and ways.is_split and not ways.have_ended:
+                for number, way in enumerate(ways.all):
+                    if way.owner is not None:
+                        stream = self._access.channel_of(way.owner).stream_stream(METHOD)
+                        listening.append(self._begin(ways, number, stream, generation))
+                await self._settle(ways)
+            async with self._changed:
+                ways.settle()
+                self._changed.notify_all()
+                while not (ways.have_ended or self._has_ended()):
+                    await self._changed.wait()
+                if self._closing and ways.is_split and self._window.is_idle:
+                    await self._say_goodbye(ways)
         finally:
             async with self._changed:
-                # The generator of requests belongs to this call alone, and ends before the next one may take batches.
+                # The generators of requests belong to this conversation, and end before the next may take batches.
                 self._generation += 1
                 self._changed.notify_all()
-            call.cancel()
+            for way in ways.all:
+                self._leave(way)
+            for listener in listening:
+                await listener.join()
+        return ways.error
 
-    def _cancel_call(self) -> None:
-        if self._call is not None:
-            self._call.cancel()
+    async def _find_ways(self) -> Ways:
+        """Who can be reached straight away; without anybody, everything goes through the frontend."""
+        self._turn_at = float("inf")
+        if self._access is None:
+            return Ways()
+        await self._access.learn(2 * TRY_S)
+        now = time.monotonic()
+        owners, shift = self._access.owners.by_partition(now)
+        self._turn_at = max(now + TURN_S, self._access.owners.next_try_s(now))
+        return Ways(owners, shift)
+
+    def _begin(self, ways: Ways, number: int, stream: Any, generation: int) -> Background:
+        """Opens a way's stream, and listens to it in the background."""
+        call = ways.all[number].call = stream(self._requests(ways, number, generation))
+        return Background(
+            functools.partial(self._listen, ways, number, call), f"producer {self.producer_id}, way {number}"
+        )
+
+    async def _settle(self, ways: Ways) -> None:
+        """Waits for owners to answer, but not long; those that do not are left."""
+        assert self._access is not None
+        owners = [way for way in ways.all if way.owner is not None]
+        now = time.monotonic()
+        until = now + max(way.owner.try_s(2 * TRY_S) for way in owners if way.owner is not None)
+        async with self._changed:
+            while now < until and not (all(way.is_open or way.has_ended for way in owners) or self._has_ended()):
+                await self._changed.wait(until - now)
+                now = time.monotonic()
+            for way in owners:
+                if not way.is_open:
+                    if way.owner is not None and not way.has_ended:
+                        self._access.owners.failed(way.owner, now)
+                    self._leave(way)
+            self._turn_at = max(now + TURN_S, self._access.owners.next_try_s(now))
+
+    async def _listen(self, ways: Ways, number: int, call: Any) -> None:
+        """Takes what a way answers, until its stream ends."""
+        way = ways.all[number]
+        error = None
+        try:
+            async for message in call:
+                async with self._changed:
+                    if not way.is_left:
+                        self._hear(ways, number, *parse_response(message))
+                        self._changed.notify_all()
+        except grpc.RpcError as rpc_error:
+            error = from_rpc_error(rpc_error)
+        except asyncio.CancelledError:
+            # By us, by the end of the loop, or by a channel that was closed under the stream.
+            self._closing = self._closing or (not way.is_left and self._window.failure is None)
+        async with self._changed:
+            way.has_ended = True
+            if not way.is_left:
+                self._note_end(way, error)
+            self._changed.notify_all()
+
+    def _hear(self, ways: Ways, number: int, sequence: int, refused: Sequence[Rejected]) -> None:
+        way = ways.all[number]
+        if way.is_open:
+            ways.acknowledge(number, sequence, refused)
+            self._take_acknowledged(ways)
+        elif way.owner is None:
+            self._window.connected(sequence)
+            self._connected = self._was_told = self._window.failure is None
+        elif self._access is not None:
+            self._access.owners.answered(way.owner)
+        way.is_open = True
+
+    def _note_end(self, way: Way, error: ServiceError | None) -> None:
+        """What the end of a stream says of its way."""
+        if way.owner is None or self._access is None:
+            way.error = error
+            return
+        owners = self._access.owners
+        if error is not None and error.reason == "NOT_MINE":
+            owners.not_mine()
+        owners.failed(way.owner, time.monotonic())
+        if way.is_open:
+            way.error = error
+        else:
+            # Nothing went that way.
+            way.is_left = True
+
+    def _leave(self, way: Way) -> None:
+        way.is_left = True
+        if way.call is not None:
+            way.call.cancel()
+
+    async def _say_goodbye(self, ways: Ways) -> None:
+        """Lets the frontend hear what was acknowledged last, for it is only told now and then."""
+        until = time.monotonic() + GOODBYE_S
+        while not ways.all[FRONTEND].has_ended and time.monotonic() < until:
+            await self._changed.wait(until - time.monotonic())
 
     def _given_up(self, error: ServiceError | None) -> ServiceError:
         """The error, and how much it leaves undelivered."""
@@ -348,9 +460,12 @@ class AsyncProducer:
             error.args = (f"{error.args[0]}; {missing} events are not acknowledged",)
         return error
 
-    def _acknowledge(self, sequence: int, refused: Sequence[Rejected]) -> None:
-        """Takes an answer, and tells of it before a flush that waits for it returns."""
+    def _take_acknowledged(self, ways: Ways) -> None:
+        """Takes what is acknowledged by now, and tells of it before a flush that waits for it returns."""
         answered = self._window.acknowledged_batches
+        if (acknowledged := ways.acknowledged()) is None:
+            return
+        sequence, refused = acknowledged
         placed = self._window.acknowledge(sequence, refused, time.monotonic())
         if self.options.on_acknowledged is None or (self._window.acknowledged_batches == answered and not placed):
             return
@@ -360,20 +475,51 @@ class AsyncProducer:
             self._window.failure = ProfileClientError(f"on_acknowledged failed: {error!r}")
             self._window.failure.__cause__ = error
 
-    async def _requests(self, generation: int) -> AsyncIterator[bytes]:
-        yield encode_hello(self.producer_id)
-        while (batch := await self._next_batch(generation)) is not None:
-            yield encode_batch(batch)
+    async def _requests(self, ways: Ways, number: int, generation: int) -> AsyncIterator[bytes]:
+        yield encode_hello(self.producer_id, self._window.acknowledged_sequence if ways.is_split else None)
+        while (message := await self._next_message(ways, number, generation)) is not None:
+            yield message
 
-    async def _next_batch(self, generation: int) -> Batch | None:
-        """The next batch to send; None when no more is to go over this stream."""
+    async def _next_message(self, ways: Ways, number: int, generation: int) -> bytes | None:
+        """The next message for a way; None when no more is to go over its stream."""
+        window = self._window
         async with self._changed:
-            while self._generation == generation and not self._closing:
+            while self._generation == generation and not (self._closing or ways.is_turning):
                 now = time.monotonic()
-                if self._connected:
-                    batch = self._window.take(now)
-                    if batch is not None:
-                        return batch
-                # Due, but the window is full: the next acknowledgement wakes us.
-                await self._changed.wait((self._window.due_in_s(now) if self._connected else None) or None)
+                wait_s = LONGEST_WAIT_S
+                if ways.is_settled:
+                    if (part := self._next_part(ways, number, now)) is not None:
+                        return encode_part(part, window.acknowledged_sequence if ways.is_split else None)
+                    # Due, but the window is full: the next acknowledgement wakes us.
+                    wait_s = window.due_in_s(now) or LONGEST_WAIT_S
+                    if number == FRONTEND:
+                        tell_in_s = ways.told_at + TELL_S - now if self._has_to_tell(ways) else LONGEST_WAIT_S
+                        if tell_in_s <= 0:
+                            return self._tell(ways, now)
+                        if now >= self._turn_at:
+                            ways.is_turning = True
+                            self._changed.notify_all()
+                            break
+                        wait_s = min(wait_s, tell_in_s, self._turn_at - now)
+                await self._changed.wait(wait_s)
+            if number == FRONTEND and self._generation == generation and self._has_to_tell(ways):
+                return self._tell(ways, time.monotonic())
             return None
+
+    def _next_part(self, ways: Ways, number: int, now: float) -> Part | None:
+        while (part := ways.take(number)) is None:
+            batch = self._window.take(now)
+            if batch is None:
+                return None
+            ways.put(batch)
+            # One without events has no parts.
+            self._take_acknowledged(ways)
+            self._changed.notify_all()
+        return part
+
+    def _has_to_tell(self, ways: Ways) -> bool:
+        return ways.is_split and self._window.acknowledged_sequence > ways.told_sequence
+
+    def _tell(self, ways: Ways, now: float) -> bytes:
+        ways.told_sequence, ways.told_at = self._window.acknowledged_sequence, now
+        return encode_acknowledged(ways.told_sequence)

@@ -12,7 +12,9 @@ is avoided for a time that doubles, so that one that cannot be reached from here
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
 
@@ -41,6 +43,16 @@ class Owner:
     def try_s(self, left_s: float) -> float:
         """How long to wait for its answer where the call has so long: half is left to a frontend."""
         return min(TRY_S if self.answered else FIRST_TRY_S, 0.5 * left_s)
+
+
+@dataclass(frozen=True)
+class OwnerAccess:
+    """What a producer needs to go straight to the owners; its client's."""
+
+    owners: Owners
+    learn: Callable[[float], Any]
+    """Asks for the topology if that is due; takes the seconds it may use."""
+    channel_of: Callable[[Owner], Any]
 
 
 class Owners:
@@ -101,6 +113,20 @@ class Owners:
         partition = xxhash.xxh64_intdigest(user_id.encode("utf-8", "surrogatepass")) >> self._shift
         owner = by_partition[partition] if partition < len(by_partition) else None
         return owner if owner is not None and now_s >= owner.avoided_until_s else None
+
+    def by_partition(self, now_s: float) -> tuple[list[Owner | None], int]:
+        """The owner to call by partition, None where a frontend is to be called, and by how many bits a user's hash is
+        more than the partition."""
+        owners = [
+            owner if owner is not None and now_s >= owner.avoided_until_s else None for owner in self._by_partition
+        ]
+        return owners, self._shift
+
+    def next_try_s(self, now_s: float) -> float:
+        """When an owner that is avoided just now, or was not answered when it was tried, may be called again, or the
+        topology asked for; infinite where there is nothing to wait for."""
+        avoided = [owner.avoided_until_s for owner in self._by_address.values() if owner.avoided_until_s > now_s]
+        return min([*avoided, *([max(now_s, self._ask_at_s)] if self._stale else [])], default=float("inf"))
 
     def answered(self, owner: Owner) -> None:
         """The owner answered, whatever it said."""
