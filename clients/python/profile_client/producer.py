@@ -364,20 +364,15 @@ class Producer:
         )
 
     def _settle(self, ways: Ways) -> None:
-        """Waits for owners to answer, but not long; those that do not are left."""
+        """Waits for owners to answer, but not long: to those that do not, nothing goes straight for now."""
         assert self._access is not None
-        owners = [way for way in ways.all if way.owner is not None]
+        owners = [(way, way.owner) for way in ways.all if way.owner is not None]
         now = time.monotonic()
-        until = now + max(way.owner.try_s(2 * TRY_S) for way in owners if way.owner is not None)
+        until = now + max(owner.try_s(2 * TRY_S) for _, owner in owners)
         with self._changed:
-            while now < until and not (all(way.is_open or way.has_ended for way in owners) or self._has_ended()):
+            while now < until and not (all(way.is_open or way.has_ended for way, _ in owners) or self._has_ended()):
                 self._changed.wait(until - now)
                 now = time.monotonic()
-            for way in owners:
-                if not way.is_open:
-                    if way.owner is not None and not way.has_ended:
-                        self._access.owners.failed(way.owner, now)
-                    self._leave(way)
             self._turn_at = max(now + TURN_S, self._access.owners.next_try_s(now))
 
     def _listen(self, ways: Ways, number: int, call: Any) -> None:
@@ -408,6 +403,9 @@ class Producer:
             self._connected = self._was_told = self._window.failure is None
         elif self._access is not None:
             self._access.owners.answered(way.owner)
+            if ways.is_settled:
+                # Too late for this conversation.
+                self._turn_at = min(self._turn_at, time.monotonic() + TURN_S)
         way.is_open = True
 
     def _note_end(self, way: Way, error: ServiceError | None) -> None:
@@ -482,14 +480,21 @@ class Producer:
                         if tell_in_s <= 0:
                             return self._tell(ways, now)
                         if now >= self._turn_at:
-                            ways.is_turning = True
-                            self._changed.notify_all()
+                            self._turn(ways)
                             break
                         wait_s = min(wait_s, tell_in_s, self._turn_at - now)
                 self._changed.wait(wait_s)
             if number == FRONTEND and self._generation == generation and self._has_to_tell(ways):
                 return self._tell(ways, time.monotonic())
             return None
+
+    def _turn(self, ways: Ways) -> None:
+        """Ends the conversation in order: what was sent is waited for."""
+        ways.is_turning = True
+        for way in ways.all:
+            if not way.is_open:
+                self._leave(way)
+        self._changed.notify_all()
 
     def _next_part(self, ways: Ways, number: int, now: float) -> Part | None:
         while (part := ways.take(number)) is None:
