@@ -385,7 +385,8 @@ class AsyncProducer:
             while now < until and not (all(way.is_open or way.has_ended for way, _ in owners) or self._has_ended()):
                 await self._changed.wait(until - now)
                 now = time.monotonic()
-            self._turn_at = max(now + TURN_S, self._access.owners.next_try_s(now))
+            # Not later than what was known before: the time of an owner that is not among the ways may have come.
+            self._turn_at = min(self._turn_at, max(now + TURN_S, self._access.owners.next_try_s(now)))
 
     async def _listen(self, ways: Ways, number: int, call: Any) -> None:
         """Takes what a way answers, until its stream ends."""
@@ -404,7 +405,7 @@ class AsyncProducer:
             self._closing = self._closing or (not way.is_left and self._window.failure is None)
         async with self._changed:
             way.has_ended = True
-            if not way.is_left:
+            if not (way.is_left or (error is None and ways.is_turning)):
                 self._note_end(way, error)
             self._changed.notify_all()
 

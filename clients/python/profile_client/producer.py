@@ -373,7 +373,8 @@ class Producer:
             while now < until and not (all(way.is_open or way.has_ended for way, _ in owners) or self._has_ended()):
                 self._changed.wait(until - now)
                 now = time.monotonic()
-            self._turn_at = max(now + TURN_S, self._access.owners.next_try_s(now))
+            # Not later than what was known before: the time of an owner that is not among the ways may have come.
+            self._turn_at = min(self._turn_at, max(now + TURN_S, self._access.owners.next_try_s(now)))
 
     def _listen(self, ways: Ways, number: int, call: Any) -> None:
         """Takes what a way answers, until its stream ends."""
@@ -389,7 +390,7 @@ class Producer:
             error = from_rpc_error(rpc_error)
         with self._changed:
             way.has_ended = True
-            if not way.is_left:
+            if not (way.is_left or (error is None and ways.is_turning)):
                 self._note_end(way, error)
             self._changed.notify_all()
 
