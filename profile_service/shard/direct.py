@@ -36,6 +36,11 @@ class Owner(Protocol):
     @property
     def plan(self) -> WirePlan: ...
 
+    @property
+    def is_remote(self) -> bool: ...
+
+    async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None: ...
+
     def acknowledged(self, producer_id: str) -> int: ...
 
 
@@ -88,7 +93,10 @@ class DirectIngest:
 
     async def acknowledged(self, producer_id: str) -> int:
         """For `ProducerStreams`: what this shard has heard."""
-        return self._shard().acknowledged(producer_id)
+        shard = self._shard()
+        if shard.is_remote:
+            await shard.bring(producer_ids=[producer_id])
+        return shard.acknowledged(producer_id)
 
     def tell_acknowledged(self, producer_id: str, sequence: int) -> None:
         """For `ProducerStreams`. Where the shard has no room, it is not told: what a producer hears may lag."""

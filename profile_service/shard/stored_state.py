@@ -34,7 +34,7 @@ from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import Unavailable
-from profile_service.shard.dedupe import MOST_REQUESTS, REQUEST_PREFIX, Admission
+from profile_service.shard.dedupe import MOST_REQUESTS, Admission
 from profile_service.shard.keeping import Interrupted
 from profile_service.shard.log_records import RECORD_EVENTS
 from profile_service.shard.row_cache import RowCache, Stage
@@ -56,7 +56,7 @@ from profile_service.storage.redis_store import (
     StoreFault,
     StoreFull,
 )
-from profile_service.wire.apply_request import ApplyPart, decode_part
+from profile_service.wire.apply_request import REQUEST_PREFIX, ApplyPart, decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
 
