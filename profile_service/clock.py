@@ -12,3 +12,9 @@ Clock = Callable[[], int]
 def system_clock() -> int:
     """The machine's clock in nanoseconds since 1970, UTC."""
     return time.time_ns()
+
+
+def boot_clock() -> int:
+    """Nanoseconds since the machine was started: never set, and it goes on while the machine, or the process,
+    sleeps."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

@@ -155,6 +155,10 @@ class Settings:
     population_interval_s: float = 0.5
     """How often the population is gathered from the shards; the contract allows it to be 2 s old."""
     drain_timeout_s: float = 30.0
+    lease_s: float = 10.0
+    """How long a shard goes on acknowledging without hearing from the coordinator: longer than that takes to start
+    again, for until then nothing shows. And how long a process that another one is to replace is waited for, where
+    nothing proves that it has ended."""
 
     @property
     def shard_count(self) -> int:

@@ -8,27 +8,36 @@ with the embedded Ray, and so with the process that started it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from profile_service.clock import boot_clock
 from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
+from profile_service.cluster.leases import Leases
+from profile_service.cluster.memory import CoordinatorMemory
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.shard.actor import ShardActor, ShardDescription
+from profile_service.shard.lease import Grant
 from profile_service.shard.store_opening import open_store
-from profile_service.storage.data_directory import EpochFile, Manifest, shard_directory
-from profile_service.storage.fs import RealFileSystem
+from profile_service.storage.data_directory import Manifest, shard_directory
+from profile_service.storage.fs import LockHeld, RealFileSystem
+from profile_service.storage.redis_store import RedisStore
 
 NAMESPACE = "profile-service"
 COORDINATOR_NAME = "coordinator"
 
 ACTOR_CPUS = 0.001
 """Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing."""
+
+LOCK_RETRY_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -76,20 +85,14 @@ class CoordinatorActor:
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator %(levelname)s %(message)s")
         assert settings.storage.data_dir is not None, "the launcher has chosen one"
-        epochs = EpochFile(RealFileSystem(), settings.storage.data_dir)
         store = None if settings.storage.is_local else open_store(settings)
-
-        async def remember(epoch: int) -> None:
-            await asyncio.to_thread(epochs.write, epoch)
-            if store is not None:
-                # For the next service, which has nothing else of this one.
-                await store.raise_epoch(epoch)
-
+        self._memory = memory = await _own_memory(settings.storage.data_dir, store)
+        leases = Leases(settings.lease_s, boot_clock, memory.last_holders())
         places = [ShardLocation(shard_id, "") for shard_id in range(manifest.shards)]
-        topology = Topology.even(manifest.partition_bits, places, epoch=max(1, epochs.read()))
+        topology = Topology.even(manifest.partition_bits, places, epoch=max(1, memory.last_epoch()))
         self._shards = create_shards(schema, settings, manifest)
         controls = {shard_id: _RayShard(handle) for shard_id, handle in self._shards.items()}
-        self._coordinator = Coordinator(topology, controls, settings.population_interval_s, remember)
+        self._coordinator = Coordinator(topology, controls, settings.population_interval_s, memory, leases)
         self._started = asyncio.create_task(self._coordinator.start())
 
     async def topology(self) -> Topology:
@@ -111,6 +114,20 @@ class CoordinatorActor:
                 logger.warning("a shard could not be drained: %s", answer)
         for handle in self._shards.values():
             ray.kill(handle)
+        with contextlib.suppress(OSError):
+            # Nobody holds a lease any more: whoever starts the service again, wherever, has none to wait for.
+            await self._memory.holders({})
+        self._memory.release()
+
+
+async def _own_memory(data_dir: Path, store: RedisStore | None) -> CoordinatorMemory:
+    """The service's memory, once no other coordinator has it."""
+    while True:
+        try:
+            return CoordinatorMemory(RealFileSystem(), data_dir, store)
+        except LockHeld as error:
+            logger.warning("the coordinator waits: %s", error)
+            await asyncio.sleep(LOCK_RETRY_S)
 
 
 class _RayShard:
@@ -119,9 +136,9 @@ class _RayShard:
     def __init__(self, handle: ActorHandle[ShardActor]) -> None:
         self._handle = handle
 
-    async def describe(self) -> ShardDescription:
+    async def describe(self, grant: Grant | None) -> ShardDescription:
         try:
-            description: ShardDescription = await self._handle.describe.remote()
+            description: ShardDescription = await self._handle.describe.remote(grant)
         except ray.exceptions.ActorDiedError as error:
             # Ray restarts a process for ever; this is what remains when its constructor raises.
             raise ShardDead(str(error)) from None

@@ -12,6 +12,9 @@ How a shard stands, as the coordinator knows it:
                      │  └─▶ failed │ the process ends, or does not answer
                      └─── away ◀───┘
 
+Each look also carries the shard's lease (`leases.py`), which it must have to acknowledge anything: one process of a
+shard at a time has it.
+
 Epochs never go back: each is made durable before anyone hears of it, and a coordinator begins after the last one that
 is durable, and after every one that a shard has heard of. A shard's process starts without an epoch and without
 partitions: it takes nothing before a coordinator of now has told it what it owns.
@@ -25,7 +28,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
+from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.shard.lease import Grant
 
 WATCH_INTERVAL_S = 0.5
 """Between two looks at a shard that serves."""
@@ -95,13 +100,35 @@ class Located(Protocol):
     def message(self) -> str:
         """As in `Standing`."""
 
+    @property
+    def incarnation(self) -> str:
+        """Tells this process from those before it."""
+
+    @property
+    def lock(self) -> str:
+        """Identity of the lock that it has on its directory; empty before it has it."""
+
+    @property
+    def asked_ns(self) -> int:
+        """When it asked for a lease, by its own clock."""
+
+
+class Memory(Protocol):
+    """What outlasts a coordinator: each call returns when it is durable, or raises OSError."""
+
+    async def epoch(self, epoch: int) -> None:
+        """The epoch is given out."""
+
+    async def holders(self, holders: Mapping[int, Holder]) -> None:
+        """These hold the shards' leases."""
+
 
 class ShardControl(Protocol):
     """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
     away, and ShardDead where it stays so."""
 
-    async def describe(self) -> Located:
-        """Where it is, and how it does."""
+    async def describe(self, grant: Grant | None) -> Located:
+        """Where it is, and how it does; `grant` is its lease."""
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         """Tells it what it owns."""
@@ -118,7 +145,8 @@ class Coordinator:
 
     Args:
         topology: who owns what, at the last epoch known; the addresses are found by asking.
-        remember: makes an epoch durable. An OSError is logged: a disk that fails keeps no shard from being found.
+        memory: where epochs are made durable. An OSError is logged: a disk that fails keeps no shard from being found.
+        leases: of the shards.
     """
 
     def __init__(
@@ -126,15 +154,18 @@ class Coordinator:
         topology: Topology,
         shards: Mapping[int, ShardControl],
         population_interval_s: float,
-        remember: Callable[[int], Awaitable[None]],
+        memory: Memory,
+        leases: Leases,
     ) -> None:
         self._topology = topology
         self._shards = dict(shards)
         self._population_interval_s = population_interval_s
-        self._remember = remember
+        self._memory = memory
+        self._leases = leases
         self._standings = dict.fromkeys(self._shards, Standing("starting"))
         self._populations: dict[int, bytes] = {}
         self._changing = asyncio.Lock()
+        self._holding = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -149,7 +180,7 @@ class Coordinator:
 
     async def start(self) -> None:
         """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
-        found = await self._ask_all(self._shards, lambda shard_id: self._shards[shard_id].describe(), FIRST_LOOK_S)
+        found = await self._ask_all(self._shards, self._ask, FIRST_LOOK_S)
         for shard_id, located in found.items():
             self._stands(shard_id, Standing(located.state, located.progress, located.message))
         epochs = [located.epoch for located in found.values()]
@@ -182,7 +213,7 @@ class Coordinator:
     async def _look_at(self, shard_id: int) -> None:
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                located = await self._shards[shard_id].describe()
+                located = await self._ask(shard_id)
         except ShardDead as error:
             self._stands(shard_id, Standing("failed", message=str(error)))
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, the shard did not answer.
@@ -190,6 +221,38 @@ class Coordinator:
         else:
             self._stands(shard_id, Standing(located.state, located.progress, located.message))
             await self._relocate({shard_id: located})
+
+    async def _ask(self, shard_id: int) -> Located:
+        """Asks the shard where it is, and gives it its lease."""
+        shard = self._shards[shard_id]
+        located = await shard.describe(self._leases.grant(shard_id))
+        if await self._hear(shard_id, located):
+            # Its first lease is not to wait for the next look.
+            located = await shard.describe(self._leases.grant(shard_id))
+            await self._hear(shard_id, located)
+        return located
+
+    async def _hear(self, shard_id: int, located: Located) -> bool:
+        """The shard's process asks for a lease; returns whether it has become the holder just now."""
+        asking = Holder(located.incarnation, located.lock)
+        held = self._leases.holders.get(shard_id)
+        new = held is None or held.incarnation != asking.incarnation
+        if held != asking and not await self._take_as_holder(shard_id, asking):
+            return False
+        self._leases.heard(shard_id, asking, located.asked_ns)
+        return new
+
+    async def _take_as_holder(self, shard_id: int, asking: Holder) -> bool:
+        async with self._holding:
+            if not self._leases.may_hold(shard_id, asking):
+                return False
+            try:
+                await self._memory.holders({**self._leases.holders, shard_id: asking})
+            except OSError as error:
+                logger.warning("shard %d gets no lease: its holder cannot be made durable: %s", shard_id, error)
+                return False
+            self._leases.hold(shard_id, asking)
+            return True
 
     def _stands(self, shard_id: int, standing: Standing) -> None:
         if standing.state != self._standings[shard_id].state:
@@ -217,7 +280,7 @@ class Coordinator:
             if always or any(places[shard_id] != current[shard_id] for shard_id in places):
                 topology = self._topology.with_shards(places)
                 try:
-                    await self._remember(topology.epoch)
+                    await self._memory.epoch(topology.epoch)
                 except OSError as error:
                     logger.warning("epoch %d cannot be made durable: %s", topology.epoch, error)
                 logger.info(

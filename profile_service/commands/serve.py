@@ -11,7 +11,7 @@ from profile_service.config import MOST_MESSAGE_BYTES, Capacity, Limits, Setting
 if TYPE_CHECKING:
     from profile_service.launcher import Service
 
-LIMITS, CAPACITY, STORAGE = Limits(), Capacity(), Storage()
+LIMITS, CAPACITY, STORAGE, LEASE_S = Limits(), Capacity(), Storage(), Settings().lease_s
 _LIMITS = "Limits: beyond them a request, or one event of it, is refused"
 _CAPACITY = "Capacity: beyond it callers are told to wait"
 TEMPORARY = "note: no --data-dir; profiles and log are in a temporary directory, and gone when the service ends"
@@ -50,6 +50,9 @@ def serve(
     drain_timeout_s: Annotated[
         float, flag("--drain-timeout-s", "Seconds that a stop waits for what was accepted.", min=0.0)
     ] = 30.0,
+    lease_s: Annotated[
+        float, flag("--lease-s", "Seconds that a shard acknowledges without hearing from the coordinator.", min=1.0)
+    ] = LEASE_S,
     sync: Annotated[
         SyncMode,
         flag(
@@ -174,6 +177,7 @@ def serve(
             cached_users_per_shard=cached_users_per_shard,
         ),
         drain_timeout_s=drain_timeout_s,
+        lease_s=lease_s,
     )
     if data_dir is None and store == "local":
         print(TEMPORARY, flush=True)

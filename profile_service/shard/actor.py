@@ -19,6 +19,7 @@ import ray
 
 from profile_service.allocator import keep_freed_memory
 from profile_service.config import Settings
+from profile_service.shard.lease import Grant
 from profile_service.shard.preload import Preload
 from profile_service.shard.startup import Startup
 
@@ -37,6 +38,12 @@ class ShardDescription:
     progress: float
     """How much of its recovery is done, 0 to 1."""
     message: str
+    incarnation: str
+    """Tells this process from those before it."""
+    lock: str
+    """Identity of the lock that it has on its directory; empty before it has it."""
+    asked_ns: int
+    """When it asked for a lease, by its own clock: just now."""
 
 
 class ShardActor:
@@ -69,8 +76,10 @@ class ShardActor:
         self._process = ShardProcess(shard_id, schema, settings, epoch, owned, identity, directory, startup, preload)
         self._address = await self._process.start()
 
-    async def describe(self) -> ShardDescription:
-        """Where it serves, and how it does."""
+    async def describe(self, grant: Grant | None) -> ShardDescription:
+        """Where it serves, and how it does. Takes the lease that comes with the question, and asks for the next one."""
+        if grant is not None:
+            self._process.lease.take(grant)
         health = self._process.health
         return ShardDescription(
             shard_id=self._shard_id,
@@ -81,6 +90,9 @@ class ShardActor:
             state=health.state,
             progress=health.progress,
             message=health.message,
+            incarnation=self._process.lease.incarnation,
+            lock=self._process.lock,
+            asked_ns=self._process.lease.ask(),
         )
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:

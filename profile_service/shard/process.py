@@ -18,13 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from profile_service.allocator import spare_what_stays
-from profile_service.clock import system_clock
+from profile_service.clock import boot_clock, system_clock
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import ProfileServiceError
 from profile_service.shard.absent import AbsentShard
 from profile_service.shard.health import Health
 from profile_service.shard.keeping import NoSnapshots
+from profile_service.shard.lease import Lease, lock_identity
 from profile_service.shard.preload import Preload
 from profile_service.shard.recovery import recover
 from profile_service.shard.service import ShardServer
@@ -76,6 +77,9 @@ class ShardProcess:
         self._directory = directory
         self._preload = preload
         self.health = Health()
+        self.lease = Lease(boot_clock)
+        self.lock = ""
+        """Identity of the lock on the shard's directory; empty before it is held."""
         self._absent = AbsentShard(shard_id, epoch, owned, settings.storage.sync, self.health)
         self.shard: Shard | AbsentShard = self._absent
         """The shard, or what stands in for it until it has recovered."""
@@ -154,6 +158,7 @@ class ShardProcess:
                     run_snapshots=self._runner("snapshots"),
                     progress=self.health.recovering,
                     done=self._startup.done,
+                    locked=self._locked,
                 )
                 break
             except (LockHeld, DiskFull) as error:
@@ -181,6 +186,7 @@ class ShardProcess:
             capacity=capacity,
             clock=system_clock,
             health=self.health,
+            lease=self.lease,
         )
 
     async def _stored_shard(self) -> Shard:
@@ -191,6 +197,8 @@ class ShardProcess:
         from profile_service.storage.redis_store import StoreFault
 
         store, capacity = open_store(self._settings), self._settings.capacity
+        # What the process before still writes, the store refuses as soon as this one has claimed its partitions.
+        self.lock = f"shard {self._shard_id} of {store.url.shown}"
         while True:
             try:
                 sync_mode = await store.sync_mode()
@@ -212,7 +220,11 @@ class ShardProcess:
             capacity=capacity,
             clock=system_clock,
             health=self.health,
+            lease=self.lease,
         )
+
+    def _locked(self, path: Path) -> None:
+        self.lock = lock_identity(path)
 
     def _runner(self, name: str) -> Runner:
         """Runs blocking work, one piece after the other, in a thread of its own."""

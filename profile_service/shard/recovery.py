@@ -87,6 +87,7 @@ async def recover(
     progress: Progress = lambda fraction, message: None,
     done: Callable[[Phase], None] = lambda phase: None,
     new_state: Callable[[Schema], ShardState] | None = None,
+    locked: Callable[[Path], None] = lambda path: None,
 ) -> Recovered:
     """The shard that the directory holds; a new one where it holds none.
 
@@ -105,6 +106,7 @@ async def recover(
         progress: hears how far it is.
         done: hears when the snapshot is loaded, and when the log is replayed.
         new_state: makes an empty state of a schema.
+        locked: hears which file is locked, once it is.
 
     Raises:
         LockHeld: another process has the directory.
@@ -114,6 +116,7 @@ async def recover(
     """
     recovery = _Recovery(fs, directory, identity, capacity, partition_bits, progress, done, run_snapshots, new_state)
     lock = await run(lambda: recovery.lock(holder))
+    locked(directory / LOCK_FILE)
     log = None
     try:
         log = await run(lambda: WriteAheadLog.open(fs, directory / LOG_DIRECTORY, identity, options, run))

@@ -40,6 +40,7 @@ from profile_service.errors import (
 )
 from profile_service.shard.health import FULL, SERVING, STALLED, Health
 from profile_service.shard.keeping import DurableLog, HeldState, Interrupted, Snapshots
+from profile_service.shard.lease import Lease
 from profile_service.shard.log_records import (
     RECORD_EVENTS,
     RECORD_FORGET,
@@ -139,6 +140,7 @@ class Shard:
         snapshotter: writes snapshots of `state`, a block between two groups.
         clock: for the moment of a read; what is written takes its time from the log.
         health: hears when the disk is full, and when it no longer is.
+        lease: without it nothing is acknowledged.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Shard:
         capacity: Capacity,
         clock: Clock,
         health: Health,
+        lease: Lease,
     ) -> None:
         self.shard_id = shard_id
         self.schema = schema = state.schema
@@ -176,6 +179,7 @@ class Shard:
         self._closed = False
         self._expiry_row = 0
         self._health = health
+        self._lease = lease
         self._look_at_s = 0.0
         self._retry_s = 0.0
         """When a store that does not answer is asked next, after the last time."""
@@ -194,13 +198,14 @@ class Shard:
             NotMine: the epoch, or a user, is another owner's.
             ResourceExhausted: the queue or the table is full.
             InvalidArgument: the bytes are not what they should be.
-            Unavailable: the shard is closing.
-        In each of these cases nothing of the parts is kept.
+            Unavailable: the shard is closing, or has no lease.
+        In each of these cases nothing of the parts is kept, but where the lease ran out while they were committed.
         """
         if self._closed:
             raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
         sender = sender if sender is not None else Sender()
         self._check_epoch(epoch)
+        self._lease.check(self.shard_id)
         if self._health.state == STALLED:
             raise Unavailable(self._health.message, retry_after_s=0.5)
         if self._queued_bytes + size_bytes > self._capacity.shard_queue_bytes and self._queue:
@@ -327,8 +332,7 @@ class Shard:
                 for submission, works in applicable:
                     for columns, received_ns in works:
                         await self._apply(columns, received_ns)
-                    if not submission.done.done():
-                        submission.done.set_result(None)
+                    self._acknowledge(submission)
         except Interrupted as interruption:
             self._stall(interruption)
             error = StorageFull(self._health.message, FULL_RETRY_S) if interruption.full else interruption
@@ -342,6 +346,14 @@ class Shard:
             for submission in group:
                 self._queued_bytes -= submission.size_bytes
                 self._queued_events -= sum(part.event_count for part in submission.parts)
+
+    def _acknowledge(self, submission: _Submission) -> None:
+        """What is durable and applied is acknowledged, unless this process may have been replaced meanwhile: whoever
+        sends it again finds it counted, here or where the shard is then."""
+        if not self._lease.is_held:
+            _fail(submission, Unavailable(f"shard {self.shard_id} lost its lease meanwhile", retry_after_s=0.1))
+        elif not submission.done.done():
+            submission.done.set_result(None)
 
     def _check(self, submission: _Submission) -> list[_Checked] | None:
         """Decodes the submission's parts; None if it was refused whole."""

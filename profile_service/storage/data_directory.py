@@ -4,6 +4,8 @@
       LOCK          held by the service for as long as it lives; says who that is
       data.json     the manifest: format, id, partition bits, number of shards, when it was made; never changes
       epoch.json    the highest epoch ever given out (see `EpochFile`)
+      leases.json   which process of each shard holds its lease; a `Document`, as of the coordinator
+      COORDINATOR   held by the coordinator for as long as it lives
       schema.yaml   the schema last served with, for a check before any process starts
       shard-0/ …    a shard's log and snapshots
 
@@ -37,6 +39,7 @@ FORMAT = 1
 """Version of the directory's layout."""
 
 MANIFEST, LOCK, EPOCH, SCHEMA = "data.json", "LOCK", "epoch.json", "schema.yaml"
+LEASES, COORDINATOR_LOCK = "leases.json", "COORDINATOR"
 SHARD_PREFIX = "shard-"
 NEW_SUFFIX = ".new"
 """Of a file that is written and not yet in place."""
@@ -108,15 +111,15 @@ class Manifest:
     def encode(self) -> bytes:
         """As `data.json` has it."""
         fields = asdict(self)
-        return json.dumps({**fields, "checksum": _checksum(fields)}, indent=2).encode() + b"\n"
+        return json.dumps({**fields, "checksum": checksum(fields)}, indent=2).encode() + b"\n"
 
     @classmethod
     def decode(cls, encoded: bytes, path: Path) -> Manifest:
         """Raises DataLoss where it is damaged, StartupError where it is of a later format."""
         try:
             fields: dict[str, Any] = json.loads(encoded)
-            checksum = fields.pop("checksum")
-            whole = checksum == _checksum(fields)
+            found = fields.pop("checksum")
+            whole = found == checksum(fields)
         except (ValueError, AttributeError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -208,7 +211,7 @@ class DataDirectory:
         `backup`."""
         if EPOCH in self._fs.names(self.path):
             self._fs.make_directory(backup)
-            write_atomically(self._fs, backup / EPOCH, _read(self._fs, self.path / EPOCH))
+            write_atomically(self._fs, backup / EPOCH, read_file(self._fs, self.path / EPOCH))
         # Epochs rise by one with each start and each shard that is lost: never once a second.
         write_atomically(self._fs, self.path / EPOCH, _epoch_sector(int(time.time())))
 
@@ -216,7 +219,7 @@ class DataDirectory:
         """The schema last served with; None before the first."""
         if SCHEMA not in self._fs.names(self.path):
             return None
-        return _read(self._fs, self.path / SCHEMA).decode()
+        return read_file(self._fs, self.path / SCHEMA).decode()
 
     def write_schema(self, text: str) -> None:
         """Remembers the schema that is served with from now on. Raises DiskFull."""
@@ -245,7 +248,7 @@ class EpochFile:
     def read(self) -> int:
         """0 before the first. Raises DataLoss where it is damaged or missing."""
         try:
-            epoch = json.loads(_read(self._fs, self._path))["epoch"]
+            epoch = json.loads(read_file(self._fs, self._path))["epoch"]
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             epoch = None
         if not isinstance(epoch, int):
@@ -281,7 +284,21 @@ def read_manifest(fs: FileSystem, path: Path) -> Manifest:
         if any(_is_shard(name) for name in names):
             raise _missing(path)
         raise StartupError(f"{path} is no data directory: it has no {MANIFEST}")
-    return Manifest.decode(_read(fs, path / MANIFEST), path / MANIFEST)
+    return Manifest.decode(read_file(fs, path / MANIFEST), path / MANIFEST)
+
+
+def read_file(fs: FileSystem, path: Path) -> bytes:
+    """A whole file."""
+    file = fs.open(path)
+    try:
+        return file.read(0, file.size)
+    finally:
+        file.close()
+
+
+def checksum(fields: dict[str, Any]) -> str:
+    """Of a document's fields."""
+    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def write_atomically(fs: FileSystem, path: Path, content: bytes) -> None:
@@ -316,7 +333,7 @@ def _check_ours(fs: FileSystem, path: Path) -> None:
 
 def _has_holder(fs: FileSystem, path: Path) -> bool:
     """Whether the lock's file names somebody: who releases a lock takes the name away."""
-    return LOCK in fs.names(path) and bool(_read(fs, path / LOCK))
+    return LOCK in fs.names(path) and bool(read_file(fs, path / LOCK))
 
 
 def _check_same(path: Path, manifest: Manifest, new: Manifest, shards: int | None) -> None:
@@ -353,20 +370,8 @@ def _missing(path: Path) -> DataLoss:
     return DataLoss(f"{path / MANIFEST} is missing; put back the one of a backup, it never changes")
 
 
-def _read(fs: FileSystem, path: Path) -> bytes:
-    file = fs.open(path)
-    try:
-        return file.read(0, file.size)
-    finally:
-        file.close()
-
-
 def _is_shard(name: str) -> bool:
     return name.removeprefix(SHARD_PREFIX).isdigit() and name.startswith(SHARD_PREFIX)
-
-
-def _checksum(fields: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _epoch_sector(epoch: int) -> bytes:

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pytest
 
 from profile_service.cluster import coordinator as coordinator_module
 from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
+from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.shard.lease import Grant, Lease
 from tests.cluster.local_cluster import until
+
+LEASE_S = 10.0
+
+
+class MadeUpClock:
+    """One clock for the coordinator and the shards."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> int:
+        return int(self.now_s * 1e9)
+
+
+CLOCK = MadeUpClock()
+
+
+@pytest.fixture(autouse=True)
+def _begin_at_zero() -> None:
+    CLOCK.now_s = 0.0
 
 
 @dataclass
@@ -22,6 +44,9 @@ class Description:
     state: str
     progress: float
     message: str
+    incarnation: str
+    lock: str
+    asked_ns: int
 
 
 class Control:
@@ -37,6 +62,8 @@ class Control:
         self.sums = str(shard_id).encode()
         self.dead = False
         self.state, self.progress, self.message = "serving", 1.0, ""
+        self.lease = Lease(CLOCK)
+        self.lock = f"lock of {shard_id}"
 
     async def _answer(self) -> None:
         if self.dead:
@@ -46,9 +73,21 @@ class Control:
         if self.hanging:
             await asyncio.Event().wait()
 
-    async def describe(self) -> Description:
+    async def describe(self, grant: Grant | None) -> Description:
         await self._answer()
-        return Description(self.address, "node", self.epoch, self.state, self.progress, self.message)
+        if grant is not None:
+            self.lease.take(grant)
+        return Description(
+            self.address,
+            "node",
+            self.epoch,
+            self.state,
+            self.progress,
+            self.message,
+            self.lease.incarnation,
+            self.lock,
+            self.lease.ask(),
+        )
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         await self._answer()
@@ -64,6 +103,7 @@ class Control:
 
     def restart(self, address: str) -> None:
         self.address, self.epoch, self.owned, self.away = address, 0, [], False
+        self.lease = Lease(CLOCK)
 
 
 class Ledger:
@@ -73,9 +113,15 @@ class Ledger:
         self.controls = controls
         self.epochs: list[int] = []
         self.known_before: list[int] = []
+        self.held: dict[int, Holder] = {}
         self.error: OSError | None = None
 
-    async def remember(self, epoch: int) -> None:
+    async def holders(self, holders: Mapping[int, Holder]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.held = dict(holders)
+
+    async def epoch(self, epoch: int) -> None:
         if self.error is not None:
             raise self.error
         self.known_before.append(max(control.epoch for control in self.controls.values()))
@@ -87,10 +133,12 @@ def make(shards: int = 3) -> tuple[Coordinator, dict[int, Control]]:
     return make_for(controls)[0], controls
 
 
-def make_for(controls: dict[int, Control], epoch: int = 1) -> tuple[Coordinator, Ledger]:
+def make_for(
+    controls: dict[int, Control], epoch: int = 1, holders: Mapping[int, Holder] | None = None
+) -> tuple[Coordinator, Ledger]:
     topology = Topology.even(4, [ShardLocation(number, "") for number in controls], epoch)
     ledger = Ledger(controls)
-    return Coordinator(topology, controls, 0.01, ledger.remember), ledger
+    return Coordinator(topology, controls, 0.01, ledger, Leases(LEASE_S, CLOCK, holders or {})), ledger
 
 
 async def test_it_finds_the_shards_and_tells_them_first() -> None:
@@ -256,3 +304,79 @@ async def test_a_disk_that_fails_keeps_no_shard_from_being_found() -> None:
     await coordinator.start()
     await coordinator.close()
     assert coordinator.topology.shards[2].address == "host:2"
+
+
+async def test_a_shard_has_its_lease_as_soon_as_it_is_found_and_keeps_it_as_long_as_it_is_looked_at() -> None:
+    coordinator, controls = make()
+    await coordinator.start()
+    await coordinator.close()
+    for _ in range(5):
+        assert all(control.lease.is_held for control in controls.values())
+        CLOCK.now_s += LEASE_S / 2
+        await coordinator.look()
+    CLOCK.now_s += LEASE_S
+    assert not any(control.lease.is_held for control in controls.values())
+
+
+async def test_a_process_on_the_same_directory_gets_the_lease_at_once() -> None:
+    coordinator, controls = make()
+    await coordinator.start()
+    await coordinator.close()
+    before = controls[1].lease
+    controls[1].restart("host:9")
+    await coordinator.look()
+    assert controls[1].lease.is_held
+    assert controls[1].lease is not before
+
+
+async def test_a_process_elsewhere_waits_until_the_lease_of_the_one_before_has_run_out() -> None:
+    coordinator, controls = make()
+    await coordinator.start()
+    await coordinator.close()
+    before = controls[1].lease
+    controls[1].restart("host:9")
+    controls[1].lock = "of a copy of the directory"
+    while before.is_held:
+        await coordinator.look()
+        assert coordinator.topology.shards[1].address == "host:9"
+        assert not controls[1].lease.is_held
+        CLOCK.now_s += LEASE_S / 10
+    CLOCK.now_s += LEASE_S / 10
+    await coordinator.look()
+    assert controls[1].lease.is_held
+    # Whatever still comes from the one before changes nothing.
+    before.take(Grant(before.incarnation, before.ask() - int(LEASE_S * 1e9), int(LEASE_S * 1e9)))
+    assert not before.is_held
+
+
+async def test_a_new_coordinator_waits_for_the_leases_that_the_one_before_gave() -> None:
+    first, controls = make()
+    await first.start()
+    await first.close()
+    before = controls[1].lease
+    holders = {number: Holder(control.lease.incarnation, control.lock) for number, control in controls.items()}
+    controls[1].restart("host:9")
+    controls[1].lock = "of a copy of the directory"
+    second, ledger = make_for(controls, epoch=2, holders=holders)
+    await second.start()
+    await second.close()
+    assert controls[0].lease.is_held
+    assert not controls[1].lease.is_held
+    assert before.is_held
+    CLOCK.now_s += LEASE_S * 1.02
+    await second.look()
+    assert not before.is_held
+    assert controls[1].lease.is_held
+    assert ledger.held[1] == Holder(controls[1].lease.incarnation, controls[1].lock)
+
+
+async def test_a_holder_that_cannot_be_made_durable_gets_no_lease_until_it_can() -> None:
+    controls = {number: Control(number) for number in range(3)}
+    coordinator, ledger = make_for(controls)
+    ledger.error = OSError("no room")
+    await coordinator.start()
+    await coordinator.close()
+    assert not any(control.lease.is_held for control in controls.values())
+    ledger.error = None
+    await coordinator.look()
+    assert all(control.lease.is_held for control in controls.values())

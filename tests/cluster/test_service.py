@@ -32,6 +32,7 @@ from userprofile.v1 import (
 pytestmark = pytest.mark.timeout(300)
 
 DEADLINE_S = 60.0
+LEASE_S = 3.0
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -76,7 +77,7 @@ class Caller:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with Service.start(Settings(shards=2, grpc_port=0, http_port=0)) as running:
+    with Service.start(Settings(shards=2, grpc_port=0, http_port=0, lease_s=LEASE_S)) as running:
         yield running
         processes = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(processes, timeout=10)
@@ -162,6 +163,33 @@ def test_the_death_of_the_coordinator_changes_nothing_for_callers(caller: Caller
     # The next coordinator goes on after the epochs of this one.
     until(lambda: caller.status().epoch > epoch)
     caller.ingest("c")
+
+
+def test_shards_that_hear_nothing_from_the_coordinator_acknowledge_nothing_until_they_do(caller: Caller) -> None:
+    caller.ingest("f")
+    coordinator = actor("Coordinato")
+    coordinator.suspend()
+    try:
+        refused = False
+
+        def is_refused() -> bool:
+            nonlocal refused
+            request = event_service_pb2.IngestEventsRequest()
+            request.events.add(user_id="g", type="contact")
+            try:
+                caller.events.IngestEvents(request, timeout=0.2)
+            except grpc.RpcError:
+                refused = True
+            return refused
+
+        stopped_s = time.monotonic()
+        until(is_refused)
+        assert time.monotonic() - stopped_s > LEASE_S / 2
+        assert caller.contacts("f") == 1
+    finally:
+        coordinator.resume()
+    caller.ingest("f")
+    assert caller.contacts("f") == 2
 
 
 def test_a_frontend_that_died_is_back_where_it_was(service: Service, caller: Caller) -> None:

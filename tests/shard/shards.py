@@ -11,6 +11,7 @@ from typing import Any
 from profile_service.config import Capacity
 from profile_service.domain.schema import Schema
 from profile_service.shard.health import Health
+from profile_service.shard.lease import Grant, Lease
 from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
@@ -102,6 +103,7 @@ def make_shard(
     partition_bits: int = 8,
     shard_id: int = 3,
     snapshot_log_bytes: int = 1 << 40,
+    lease: Lease | None = None,
 ) -> Shard:
     """The shard that goes on from there."""
     clock = clock or Clock()
@@ -126,7 +128,15 @@ def make_shard(
         capacity=capacity or Capacity(event_ids_per_shard=1024),
         clock=clock,
         health=health,
+        lease=lease or endless_lease(),
     )
+
+
+def endless_lease() -> Lease:
+    """A lease that nobody needs to renew."""
+    lease = Lease(lambda: 0, "a test")
+    lease.take(Grant("a test", 0, 1))
+    return lease
 
 
 @asynccontextmanager
@@ -138,6 +148,7 @@ async def running(
     clock: Callable[[], int] | None = None,
     owned: Sequence[int] = range(256),
     health: Health | None = None,
+    lease: Lease | None = None,
     directory: Path = DIRECTORY,
     identity: bytes = IDENTITY,
     **capacity: int,
@@ -147,7 +158,7 @@ async def running(
     found = await recovered(
         fs or CrashingFileSystem(), schema, gate=gate, capacity=bounds, directory=directory, identity=identity
     )
-    shard = make_shard(found, owned=owned, capacity=bounds, clock=clock, health=health)
+    shard = make_shard(found, owned=owned, capacity=bounds, clock=clock, health=health, lease=lease)
     writer = asyncio.create_task(shard.run())
     try:
         yield shard

@@ -45,6 +45,7 @@ from profile_service.storage.wal import LogOptions, WriteAheadLog
 from profile_service.wire.apply_request import ApplyPart, decode_part
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
+from tests.shard.shards import endless_lease
 from tests.simulation.disk import CrashPoint, Disk
 from tests.simulation.events import TTL_S, Events, SchemaText, draw_schema, parsed, schema_of
 from tests.simulation.loop import SimulatedLoop
@@ -747,6 +748,8 @@ class _Process:
             capacity=capacity,
             clock=simulation.clock,
             health=self.health,
+            # Who may acknowledge is the subject of tests/simulation/coordination.py.
+            lease=endless_lease(),
         )
 
     def _check_log(self, recovered: Recovered) -> None:

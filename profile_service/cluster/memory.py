@@ -1,0 +1,65 @@
+"""What outlasts a coordinator, in the data directory: `coordinator.Memory` on a file system.
+
+    epoch.json     the highest epoch ever given out
+    leases.json    {"holders": {"0": ["incarnation", "identity of the directory's lock"], …}}
+
+A coordinator has the lock COORDINATOR for as long as it lives: two never write here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+from profile_service.cluster.leases import Holder
+from profile_service.storage.data_directory import COORDINATOR_LOCK, LEASES, EpochFile
+from profile_service.storage.data_directory import Holder as LockHolder
+from profile_service.storage.document import Document
+from profile_service.storage.fs import FileSystem
+from profile_service.storage.redis_store import RedisStore
+
+
+class CoordinatorMemory:
+    """The memory of the service whose data directory this is.
+
+    Args:
+        fs: where the directory is.
+        directory: the service's.
+        store: what holds the profiles, where that is not the shards' directories; it knows the epoch, too.
+
+    Raises LockHeld while another coordinator has it.
+    """
+
+    def __init__(self, fs: FileSystem, directory: Path, store: RedisStore | None = None) -> None:
+        self._store = store
+        self._lock = fs.lock(directory / COORDINATOR_LOCK, LockHolder.this_process().encode())
+        self._epochs = EpochFile(fs, directory)
+        self._leases = Document(
+            fs, directory / LEASES, "remove it while nothing runs that was part of this service, on any machine"
+        )
+
+    def last_epoch(self) -> int:
+        """The highest epoch ever given out; 0 before the first. Raises DataLoss."""
+        return self._epochs.read()
+
+    def last_holders(self) -> dict[int, Holder]:
+        """Who may still hold a lease. Raises DataLoss."""
+        fields = self._leases.read() or {"holders": {}}
+        return {int(shard_id): Holder(*holder) for shard_id, holder in fields["holders"].items()}
+
+    async def epoch(self, epoch: int) -> None:
+        """As Memory.epoch."""
+        await asyncio.to_thread(self._epochs.write, epoch)
+        if self._store is not None:
+            # For the next service, which has nothing else of this one.
+            await self._store.raise_epoch(epoch)
+
+    async def holders(self, holders: Mapping[int, Holder]) -> None:
+        """As Memory.holders."""
+        encoded = {str(shard_id): [holder.incarnation, holder.lock] for shard_id, holder in sorted(holders.items())}
+        await asyncio.to_thread(self._leases.write, {"holders": encoded})
+
+    def release(self) -> None:
+        """Lets the next one have it."""
+        self._lock.release()
