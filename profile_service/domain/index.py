@@ -2,15 +2,17 @@
 
 Open addressing with linear probing over XXH64. A table slot and what it points to:
 
-    slot  (8 bytes)   | upper half of the hash | number + 1 |      0 is free
+    slot  (8 bytes)   | lower half of the hash | number + 1 |      0 is free
     entry (8 bytes)   | place in the arena << 16, length |
     arena             the bytes themselves
 
 A lookup compares the bytes, never the hash alone. Removing shifts the following entries of the probe chain back, so no
 tombstones gather. Everything lies in reserved address space and never moves as a whole.
 
-A string's home is the slot that is as far into the table as its hash is into all hashes. So a longer table has the same
-order, and the table grows by a quarter where it stands, from its end to its start, a few slots at each call:
+A string's home is the slot that is as far into the table as the lower half of its hash is into all of them: the upper
+half is what users are given to shards by, and a shard's would all be at home in a part of the table. So a longer table
+has the same order, and the table grows by a quarter where it stands, from its end to its start, a few slots at each
+call:
 
     slots   | homes as in the shorter table | left behind | homes as in the longer table | probe chains' end ...
             0                           frontier                                       homes
@@ -106,11 +108,17 @@ def _is_equal(arena: NDArray[np.uint8], place: int, buffer: NDArray[np.uint8], s
 
 
 @inlined_kernel
-def _home(state: NDArray[np.int64], upper: np.uint64) -> int:
-    """The slot where the search for strings with this upper half of the hash begins."""
-    home = (to_i64(upper) * state[_HOMES]) >> 32
+def _half(key: np.uint64) -> np.uint64:
+    """The half of a hash that a slot holds."""
+    return key & np.uint64(0xFFFFFFFF)
+
+
+@inlined_kernel
+def _home(state: NDArray[np.int64], half: np.uint64) -> int:
+    """The slot where the search for strings with this half of the hash begins."""
+    home = (to_i64(half) * state[_HOMES]) >> 32
     if home >= state[_FRONTIER]:
-        home = (to_i64(upper) * state[_LONGER]) >> 32
+        home = (to_i64(half) * state[_LONGER]) >> 32
     return int(home)
 
 
@@ -126,10 +134,10 @@ def _find(
     key: np.uint64,
 ) -> int:
     """Position of the key's slot, or -1 - the position of the free slot where it belongs."""
-    upper = key >> np.uint64(32)
-    at = _home(state, upper)
+    half = _half(key)
+    at = _home(state, half)
     while slots[at] != np.uint64(0):
-        if slots[at] >> np.uint64(32) == upper:
+        if slots[at] >> np.uint64(32) == half:
             extent = to_i64(entries[to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1])
             if (extent & MOST_BYTES) == length and _is_equal(arena, extent >> _LENGTH_BITS, buffer, start, length):
                 return at
@@ -149,20 +157,20 @@ def _look_ahead(
     last: int,
     likely: NDArray[np.int64],
 ) -> None:
-    """For the keys from `first` up to `last` the number whose slot has the upper half of the hash; -1 for none.
+    """For the keys from `first` up to `last` the number whose slot has the same half of the hash; -1 for none.
 
     The answers are hints. What counts is that slot, entry and bytes are near when the search needs them: in each of the
     loops no load waits for the one before, so the processor has as many under way as it can.
     """
     for i in range(first, last):
-        prefetch(slots, _home(state, key[i] >> np.uint64(32)))
+        prefetch(slots, _home(state, _half(key[i])))
     for i in range(first, last):
         number = -1
         if length[i] >= 0:
-            upper = key[i] >> np.uint64(32)
-            at = _home(state, upper)
+            half = _half(key[i])
+            at = _home(state, half)
             while slots[at] != np.uint64(0):
-                if slots[at] >> np.uint64(32) == upper:
+                if slots[at] >> np.uint64(32) == half:
                     number = to_i64(slots[at] & np.uint64(0xFFFFFFFF)) - 1
                     prefetch(entries, number)
                     break
@@ -234,7 +242,7 @@ def find_many(
                 state[_ARENA_END] = place + size
             copy_bytes(arena, place, buffer, offset[i], size)
             entries[number] = np.uint64((place << _LENGTH_BITS) | size)
-            slots[-1 - at] = ((key[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
+            slots[-1 - at] = (_half(key[i]) << np.uint64(32)) | np.uint64(number + 1)
             state[_COUNT] += 1
             numbers[i] = number
             new += 1
@@ -324,7 +332,7 @@ def _give_back_unmarked(
         if marks[number] != 0 or entries[number] & _FREE != np.uint64(0):
             continue
         extent = to_i64(entries[number])
-        at = _home(state, xxh64(arena, extent >> _LENGTH_BITS, extent & MOST_BYTES, 0) >> np.uint64(32))
+        at = _home(state, _half(xxh64(arena, extent >> _LENGTH_BITS, extent & MOST_BYTES, 0)))
         while slots[at] & np.uint64(0xFFFFFFFF) != np.uint64(number + 1):
             at += 1
         _give_back(slots, entries, state, free, next_free, number, at)
@@ -412,10 +420,10 @@ def _place_numbered(
         copy_bytes(arena, place, buffer, offsets[i], size)
         state[_ARENA_END] = place + size
         entries[number] = np.uint64((place << _LENGTH_BITS) | size)
-        at = _home(state, keys[i] >> np.uint64(32))
+        at = _home(state, _half(keys[i]))
         while slots[at] != np.uint64(0):
             at += 1
-        slots[at] = ((keys[i] >> np.uint64(32)) << np.uint64(32)) | np.uint64(number + 1)
+        slots[at] = (_half(keys[i]) << np.uint64(32)) | np.uint64(number + 1)
         state[_COUNT] += 1
 
 
