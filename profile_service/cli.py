@@ -14,6 +14,7 @@ from profile_service.commands.get import get
 from profile_service.commands.ingest import ingest
 from profile_service.commands.inspect import inspect
 from profile_service.commands.migrate import migrate
+from profile_service.commands.move import drain, move, scale
 from profile_service.commands.schema import check
 from profile_service.commands.serve import serve
 from profile_service.commands.snapshot import snapshot
@@ -34,7 +35,7 @@ bench_app = typer.Typer(
 )
 schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_help=True)
 
-for command in (serve, demo, ingest, get, status, snapshot, inspect, migrate):
+for command in (serve, demo, ingest, get, status, snapshot, move, scale, drain, inspect, migrate):
     app.command()(command)
 for benchmark in (
     bench.ingest,

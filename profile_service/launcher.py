@@ -109,7 +109,6 @@ class Service:
                 directory.write_epoch(first_epoch)
             settings = replace(
                 _with_ports(settings, PORT_PATIENCE_S if directory.killed or followed else 0.0),
-                shards=directory.manifest.shards,
                 storage=replace(settings.storage, data_dir=directory.path),
             )
             service._start(schema, settings, directory, progress, stopped)
@@ -185,7 +184,7 @@ class Service:
             path = scratch.path / "data"
         new = Manifest.new(settings.fixed.partition_bits, settings.shard_count)
         try:
-            directory = DataDirectory.open(RealFileSystem(), path.absolute(), new, settings.shards)
+            directory = DataDirectory.open(RealFileSystem(), path.absolute(), new)
             self._held.callback(directory.release)
             directory.epoch()
         except LockHeld as held:
@@ -212,7 +211,7 @@ class Service:
     ) -> None:
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema, is_local=settings.storage.is_local))
-        shards = directory.manifest.shards
+        shards = len(directory.shard_ids())
         self._ray = EmbeddedRay(workers=shards + RAY_WORKERS)
         warm.result()
         # These import Ray, which reads its environment then.
@@ -223,12 +222,15 @@ class Service:
 
         progress(f"starting {shards} shard{'s' if shards > 1 else ''} and a frontend")
         # The coordinator would create the shards, too; so all processes start side by side.
-        create_shards(schema, settings, directory.manifest)
+        create_shards(schema, settings, directory.manifest, directory.shard_ids())
         self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings, directory.manifest)
         self._frontend = create_actor(FrontendActor, "frontend", schema, settings, self._coordinator)
         try:
             if self._wait_until_ready(progress, stopped):
                 _remember_schema(directory, schema)
+                if settings.shards not in (None, shards):
+                    # While it serves: it says in its log how it ends.
+                    self._coordinator.scale.remote(settings.shards)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, StartupError):
                 raise StartupError(error.cause.message) from None
@@ -330,7 +332,7 @@ def _remember_schema(directory: DataDirectory, schema: Schema) -> None:
 def _wait_for_leftovers(directory: DataDirectory, progress: Progress, stopped: Callable[[], bool]) -> None:
     """Processes of a service that was killed a moment ago end by themselves; each holds its shard until it has."""
     give_up_at = time.monotonic() + LEFTOVER_TIMEOUT_S
-    for shard_id in range(directory.manifest.shards):
+    for shard_id in directory.shard_ids():
         while (holder := directory.shard_in_use(shard_id)) and not stopped():
             if time.monotonic() > give_up_at:
                 raise StartupError(f"{directory.shard_directory(shard_id)} is still in use by {holder}; end it first")

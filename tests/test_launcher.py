@@ -80,10 +80,8 @@ def test_a_directory_in_use_is_refused_and_its_user_named(data_dir: Path, schema
     assert_free(data_dir)
 
 
-def test_the_number_of_shards_is_the_directorys(data_dir: Path, schema: Path) -> None:
-    with pytest.raises(StartupError, match=r"was made with 2 shards.*--shards 2"):
-        Service.start(settings(data_dir, schema, shards=3))
-    for shards in (None, 2):
+def test_a_directory_opens_whatever_the_number_of_shards(data_dir: Path, schema: Path) -> None:
+    for shards in (None, 1, 2, 3):
         with pytest.raises(StartupError, match="Ray would start now"):
             Service.start(settings(data_dir, schema, shards=shards))
     assert_free(data_dir)

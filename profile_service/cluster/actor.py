@@ -10,26 +10,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 
 from profile_service.clock import boot_clock
+from profile_service.cluster.changes import Changed
 from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
 from profile_service.cluster.leases import Leases
 from profile_service.cluster.memory import CoordinatorMemory
-from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.cluster.mover import Mover, Undecided
+from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
+from profile_service.errors import InvalidArgument, ProfileServiceError
 from profile_service.shard.actor import ShardActor, ShardDescription
 from profile_service.shard.lease import Grant
+from profile_service.shard.moves import Departed
 from profile_service.shard.store_opening import open_store
 from profile_service.storage.data_directory import Manifest, shard_directory
 from profile_service.storage.fs import LockHeld, RealFileSystem
-from profile_service.storage.redis_store import RedisStore
+
+if TYPE_CHECKING:
+    from profile_service.storage.redis_store import RedisStore
 
 NAMESPACE = "profile-service"
 COORDINATOR_NAME = "coordinator"
@@ -38,6 +49,9 @@ ACTOR_CPUS = 0.001
 """Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing."""
 
 LOCK_RETRY_S = 0.1
+
+FAILED_EXIT_STATUS = 70
+"""EX_SOFTWARE: it does not know what is durable."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +71,10 @@ def create_actor(actor_class: type, name: str, *arguments: object) -> ActorHandl
     return handle
 
 
-def create_shards(schema: Schema, settings: Settings, manifest: Manifest) -> dict[int, ActorHandle[Any]]:
-    """The actors of all shards, by shard id: created, or found where there are some."""
+def create_shards(
+    schema: Schema, settings: Settings, manifest: Manifest, shard_ids: Iterable[int]
+) -> dict[int, ActorHandle[Any]]:
+    """The actors of these shards, by shard id: created, or found where there are some."""
     assert settings.storage.data_dir is not None, "the launcher has chosen one"
     return {
         shard_id: create_actor(
@@ -73,7 +89,7 @@ def create_shards(schema: Schema, settings: Settings, manifest: Manifest) -> dic
             manifest.identity(shard_id),
             shard_directory(settings.storage.data_dir, shard_id),
         )
-        for shard_id in range(manifest.shards)
+        for shard_id in shard_ids
     }
 
 
@@ -88,17 +104,73 @@ class CoordinatorActor:
         store = None if settings.storage.is_local else open_store(settings)
         self._memory = memory = await _own_memory(settings.storage.data_dir, store)
         leases = Leases(settings.lease_s, boot_clock, memory.last_holders())
-        places = [ShardLocation(shard_id, "") for shard_id in range(manifest.shards)]
-        topology = Topology.even(manifest.partition_bits, places, epoch=max(1, memory.last_epoch()))
-        self._shards = create_shards(schema, settings, manifest)
-        controls = {shard_id: _RayShard(handle) for shard_id, handle in self._shards.items()}
-        self._coordinator = Coordinator(topology, controls, settings.population_interval_s, memory, leases)
+        ownership = memory.last_ownership(manifest)
+        self._factory = _RayShards(schema, settings, manifest)
+        await self._factory.remove_retired(ownership)
+        self._coordinator = Coordinator(
+            ownership,
+            manifest.partition_bits,
+            max(1, memory.last_epoch()),
+            {shard_id: self._factory.create(shard_id) for shard_id in ownership.shard_ids},
+            settings.population_interval_s,
+            memory,
+            leases,
+        )
+        self._mover = Mover(self._coordinator, self._factory)
         self._started = asyncio.create_task(self._coordinator.start())
+        self._resumed = asyncio.create_task(self._resume())
+
+    async def _resume(self) -> None:
+        """Brings to its end what the coordinator before has begun."""
+        await asyncio.shield(self._started)
+        await self._change("what was begun before", self._mover.resume)
 
     async def topology(self) -> Topology:
-        """Who owns what, once the shards have been looked for."""
+        """Who owns what, once the shards have been looked for. Where that is just changing, what comes of it."""
         await asyncio.shield(self._started)
-        return self._coordinator.topology
+        async with self._coordinator.changing:
+            return self._coordinator.topology
+
+    async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
+        """As Mover.move."""
+        return await self._change(
+            f"move of {len(partitions)} partitions to shard {target_id}",
+            lambda: self._mover.move(partitions, target_id),
+        )
+
+    async def scale(self, shard_count: int) -> Changed:
+        """As Mover.scale."""
+        return await self._change(f"scale to {shard_count} shards", lambda: self._mover.scale(shard_count))
+
+    async def drain_node(self, node: str) -> Changed:
+        """As Mover.drain."""
+        return await self._change(f"drain of node {node}", lambda: self._mover.drain(node))
+
+    async def _change(self, what: str, change: Callable[[], Awaitable[int | None]]) -> Changed:
+        before, began_s = replace(self._mover.moved), time.monotonic()
+        try:
+            epoch = await change()
+        except Undecided as error:
+            # The next coordinator reads what became of it.
+            logger.critical("%s: %s; the coordinator ends", what, error)
+            logging.shutdown()
+            os._exit(FAILED_EXIT_STATUS)
+        except ProfileServiceError as error:
+            logger.warning("%s: %s", what, error)
+            field = error.violations[0].field if isinstance(error, InvalidArgument) else ""
+            reason = error.violations[0].description if isinstance(error, InvalidArgument) else error.message
+            return Changed(self._coordinator.topology.epoch, field, reason)
+        moved = self._mover.moved
+        if moved.partitions > before.partitions:
+            logger.info(
+                "%s: %d partitions, %d rows, %.1f MB in %.2f s",
+                what,
+                moved.partitions - before.partitions,
+                moved.rows - before.rows,
+                (moved.size_bytes - before.size_bytes) / 1e6,
+                time.monotonic() - began_s,
+            )
+        return Changed(epoch or self._coordinator.topology.epoch)
 
     async def standings(self) -> dict[int, Standing]:
         """How each shard stands."""
@@ -107,12 +179,14 @@ class CoordinatorActor:
     async def drain(self, grace_s: float) -> None:
         """Has every shard answer what it has accepted, and ends it."""
         self._started.cancel()
+        self._resumed.cancel()
         await self._coordinator.close()
-        drained = (handle.drain.remote(grace_s) for handle in self._shards.values())
+        handles = self._factory.handles
+        drained = (handle.drain.remote(grace_s) for handle in handles.values())
         for answer in await asyncio.gather(*drained, return_exceptions=True):
             if isinstance(answer, BaseException):
                 logger.warning("a shard could not be drained: %s", answer)
-        for handle in self._shards.values():
+        for handle in handles.values():
             ray.kill(handle)
         with contextlib.suppress(OSError):
             # Nobody holds a lease any more: whoever starts the service again, wherever, has none to wait for.
@@ -128,6 +202,38 @@ async def _own_memory(data_dir: Path, store: RedisStore | None) -> CoordinatorMe
         except LockHeld as error:
             logger.warning("the coordinator waits: %s", error)
             await asyncio.sleep(LOCK_RETRY_S)
+
+
+class _RayShards:
+    """`ShardFactory` by actors."""
+
+    def __init__(self, schema: Schema, settings: Settings, manifest: Manifest) -> None:
+        self._schema = schema
+        self._settings = settings
+        self._manifest = manifest
+        self.handles: dict[int, ActorHandle[Any]] = {}
+
+    def create(self, shard_id: int) -> _RayShard:
+        self.handles |= create_shards(self._schema, self._settings, self._manifest, [shard_id])
+        return _RayShard(self.handles[shard_id])
+
+    async def remove_retired(self, ownership: Ownership) -> None:
+        """Ends and removes what a coordinator before had no time to: shards that are in no topology any more."""
+        assert self._settings.storage.data_dir is not None, "the launcher has chosen one"
+        for shard_id in range(ownership.next_shard_id):
+            if shard_id not in ownership.shard_ids:
+                with contextlib.suppress(ValueError):  # There is no such actor.
+                    self.handles[shard_id] = ray.get_actor(f"shard-{shard_id}", NAMESPACE)
+                if shard_id in self.handles or shard_directory(self._settings.storage.data_dir, shard_id).exists():
+                    await self.remove(shard_id)
+
+    async def remove(self, shard_id: int) -> None:
+        assert self._settings.storage.data_dir is not None, "the launcher has chosen one"
+        if (handle := self.handles.pop(shard_id, None)) is not None:
+            ray.kill(handle)
+        directory = shard_directory(self._settings.storage.data_dir, shard_id)
+        # Nothing of it is used any more, and its number is never given again.
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
 class _RayShard:
@@ -146,6 +252,27 @@ class _RayShard:
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         await self._handle.update_topology.remote(epoch, owned)
+
+    async def expect(self, move_id: str, epoch: int, partitions: Sequence[int]) -> None:
+        await self._handle.expect.remote(move_id, epoch, partitions)
+
+    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
+        departed: Departed = await self._handle.depart.remote(move_id, epoch, partitions, address)
+        return departed
+
+    async def finish(self, move_id: str) -> Departed:
+        departed: Departed = await self._handle.finish.remote(move_id)
+        return departed
+
+    async def clean(self, partitions: Sequence[int]) -> None:
+        await self._handle.clean.remote(partitions)
+
+    async def sums(self) -> bytes:
+        sums: bytes = await self._handle.sums.remote()
+        return sums
+
+    async def adopt(self, sums: bytes) -> None:
+        await self._handle.adopt.remote(sums)
 
     async def population_state(self) -> bytes:
         state: bytes = await self._handle.population_state.remote()

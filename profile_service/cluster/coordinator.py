@@ -3,6 +3,7 @@
 
 watch       every shard is asked where it is and how it does, each on its own, so that one that does not answer holds up
             none of the others; one that is back elsewhere gets a place in a new epoch, told to the shards first
+moves       partitions change owners, shards come and go (`mover.py`)
 population  the shards' sums are gathered and given to all of them, one round after the other
 
 How a shard stands, as the coordinator knows it:
@@ -29,8 +30,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from profile_service.cluster.leases import Holder, Leases
+from profile_service.cluster.ownership import Ownership
 from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.errors import Unavailable
 from profile_service.shard.lease import Grant
+from profile_service.shard.moves import Departed
 
 WATCH_INTERVAL_S = 0.5
 """Between two looks at a shard that serves."""
@@ -122,6 +126,9 @@ class Memory(Protocol):
     async def holders(self, holders: Mapping[int, Holder]) -> None:
         """These hold the shards' leases."""
 
+    async def ownership(self, ownership: Ownership) -> None:
+        """This is who owns what."""
+
 
 class ShardControl(Protocol):
     """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
@@ -132,6 +139,24 @@ class ShardControl(Protocol):
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         """Tells it what it owns."""
+
+    async def expect(self, move_id: str, epoch: int, partitions: Sequence[int]) -> None:
+        """As shard.Moves.expect."""
+
+    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
+        """As shard.Moves.depart, to the shard at that address."""
+
+    async def finish(self, move_id: str) -> Departed:
+        """As shard.Moves.finish."""
+
+    async def clean(self, partitions: Sequence[int]) -> None:
+        """As shard.Moves.clean."""
+
+    async def sums(self) -> bytes:
+        """As shard.Moves.sums."""
+
+    async def adopt(self, sums: bytes) -> None:
+        """As shard.Moves.adopt."""
 
     async def population_state(self) -> bytes:
         """Its sums."""
@@ -144,29 +169,38 @@ class Coordinator:
     """Owns the topology of the shards given to it.
 
     Args:
-        topology: who owns what, at the last epoch known; the addresses are found by asking.
+        ownership: who owns what.
+        partition_bits: 2**partition_bits partitions.
+        epoch: the last one known.
+        shards: by shard id, as many as there are at first.
         memory: where epochs are made durable. An OSError is logged: a disk that fails keeps no shard from being found.
         leases: of the shards.
     """
 
     def __init__(
         self,
-        topology: Topology,
+        ownership: Ownership,
+        partition_bits: int,
+        epoch: int,
         shards: Mapping[int, ShardControl],
         population_interval_s: float,
         memory: Memory,
         leases: Leases,
     ) -> None:
-        self._topology = topology
+        self._ownership = ownership
+        self._topology = ownership.topology(partition_bits, epoch)
         self._shards = dict(shards)
         self._population_interval_s = population_interval_s
         self._memory = memory
         self._leases = leases
         self._standings = dict.fromkeys(self._shards, Standing("starting"))
         self._populations: dict[int, bytes] = {}
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
+        """Held while there is no saying which topology counts: `install` needs it."""
+        self._changed = asyncio.Condition()
         self._holding = asyncio.Lock()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._watching: dict[int, asyncio.Task[None]] = {}
+        self._gathering: asyncio.Task[None] | None = None
 
     @property
     def topology(self) -> Topology:
@@ -182,18 +216,20 @@ class Coordinator:
         """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
         found = await self._ask_all(self._shards, self._ask, FIRST_LOOK_S)
         for shard_id, located in found.items():
-            self._stands(shard_id, Standing(located.state, located.progress, located.message))
+            await self._stand(shard_id, Standing(located.state, located.progress, located.message))
         epochs = [located.epoch for located in found.values()]
         self._topology = replace(self._topology, epoch=max([self._topology.epoch, *epochs]))
         await self._relocate(found, always=True)
-        self._tasks = [asyncio.create_task(self._watch(shard_id)) for shard_id in self._shards]
-        self._tasks.append(asyncio.create_task(self._gather_population()))
+        for shard_id in self._shards:
+            self._watching[shard_id] = asyncio.create_task(self._watch(shard_id))
+        self._gathering = asyncio.create_task(self._gather_population())
 
     async def close(self) -> None:
         """Stops watching."""
-        for task in self._tasks:
+        tasks = [*self._watching.values(), *filter(None, [self._gathering])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def look(self) -> None:
         """One look at every shard."""
@@ -202,7 +238,11 @@ class Coordinator:
     async def share_population(self) -> None:
         """One round of the population. Of a shard that is away the sums are those of before."""
         shards = self._shards
+        retiring = self._ownership.retiring
         reading = [shard_id for shard_id in shards if self._standings[shard_id].reads]
+        if retiring is not None and retiring.shard_id in reading:
+            # Its sums no longer change, and count once: as those that were gathered before, or with its heir's.
+            reading.remove(retiring.shard_id)
         self._populations |= await self._ask_all(
             reading, lambda shard_id: shards[shard_id].population_state(), TELL_TIMEOUT_S
         )
@@ -210,16 +250,79 @@ class Coordinator:
         if merged:
             await self._ask_all(reading, lambda shard_id: shards[shard_id].set_population(merged), TELL_TIMEOUT_S)
 
+    @property
+    def ownership(self) -> Ownership:
+        """Who owns what, and what is under way."""
+        return self._ownership
+
+    @property
+    def shards(self) -> Mapping[int, ShardControl]:
+        """The shards, by id."""
+        return self._shards
+
+    async def remember(self, ownership: Ownership) -> None:
+        """Makes durable what is under way; the owners are as before. Raises OSError."""
+        await self._memory.ownership(ownership)
+        self._ownership = ownership
+
+    async def install(self, topology: Topology, ownership: Ownership, first: Sequence[int] = ()) -> None:
+        """Makes a later topology the one that counts; the caller holds `changing`. The shards `first` hear of it before
+        the others: what they no longer own, they no longer answer for when its owner begins.
+
+        Raises:
+            Unavailable: the epoch cannot be made durable; everything is as it was.
+            OSError: the owners cannot be made durable; whether they are is then not known.
+        """
+        assert self.changing.locked()
+        if ownership is self._ownership:
+            await self._give_out(topology.epoch)
+        else:
+            try:
+                await self._memory.epoch(topology.epoch)
+            except OSError as error:
+                raise Unavailable(f"an epoch cannot be made durable: {error}", retry_after_s=1.0) from None
+            await self._memory.ownership(ownership)
+            self._ownership = ownership
+        logger.info("epoch %d: %d shards, %d ranges", topology.epoch, len(topology.shards), len(topology.starts))
+        if first:
+            await self._tell(topology, first)
+        await self._tell(topology, [shard_id for shard_id in self._shards if shard_id not in first])
+        self._topology = topology
+
+    def add_shard(self, shard_id: int, shard: ShardControl) -> None:
+        """There is a shard more, which has begun to start."""
+        self._shards[shard_id] = shard
+        self._standings[shard_id] = Standing("starting")
+        self._watching[shard_id] = asyncio.create_task(self._watch(shard_id))
+
+    async def remove_shard(self, shard_id: int) -> None:
+        """The shard is no more, and no topology has it."""
+        watching = self._watching.pop(shard_id)
+        watching.cancel()
+        await asyncio.wait([watching])
+        del self._shards[shard_id], self._standings[shard_id]
+        self._populations.pop(shard_id, None)
+        self._leases.forget(shard_id)
+
+    def forget_population(self, shard_id: int) -> None:
+        """The shard's sums count as another's from now on."""
+        self._populations.pop(shard_id, None)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Returns when the condition holds; it is looked at whenever a shard stands otherwise than before."""
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
     async def _look_at(self, shard_id: int) -> None:
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
                 located = await self._ask(shard_id)
         except ShardDead as error:
-            self._stands(shard_id, Standing("failed", message=str(error)))
+            await self._stand(shard_id, Standing("failed", message=str(error)))
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, the shard did not answer.
-            self._stands(shard_id, Standing("away", message=reason_of(error)))
+            await self._stand(shard_id, Standing("away", message=reason_of(error)))
         else:
-            self._stands(shard_id, Standing(located.state, located.progress, located.message))
+            await self._stand(shard_id, Standing(located.state, located.progress, located.message))
             await self._relocate({shard_id: located})
 
     async def _ask(self, shard_id: int) -> Located:
@@ -254,22 +357,24 @@ class Coordinator:
             self._leases.hold(shard_id, asking)
             return True
 
-    def _stands(self, shard_id: int, standing: Standing) -> None:
+    async def _stand(self, shard_id: int, standing: Standing) -> None:
         if standing.state != self._standings[shard_id].state:
             level = logging.WARNING if standing.state in ("away", "failed", "full", "stalled") else logging.INFO
             logger.log(
                 level, "shard %d is %s%s", shard_id, standing.state, standing.message and f": {standing.message}"
             )
         self._standings[shard_id] = standing
+        async with self._changed:
+            self._changed.notify_all()
 
     async def _relocate(self, found: Mapping[int, Located], *, always: bool = False) -> None:
         """Takes the places in; where one is new, or a shard goes by another epoch, all shards hear of it before anyone
         else. `always` makes a new epoch even where nothing is new."""
-        async with self._changing:
+        async with self.changing:
             places = {
                 shard_id: ShardLocation(shard_id, located.address, located.node)
                 for shard_id, located in found.items()
-                if located.address
+                if located.address and shard_id in self._ownership.shard_ids
             }
             current = {shard.shard_id: shard for shard in self._topology.shards}
             taken = {place.address for place in places.values()}
@@ -279,10 +384,7 @@ class Coordinator:
                     places[shard_id] = replace(shard, address="")
             if always or any(places[shard_id] != current[shard_id] for shard_id in places):
                 topology = self._topology.with_shards(places)
-                try:
-                    await self._memory.epoch(topology.epoch)
-                except OSError as error:
-                    logger.warning("epoch %d cannot be made durable: %s", topology.epoch, error)
+                await self._give_out(topology.epoch)
                 logger.info(
                     "epoch %d: %s", topology.epoch, ", ".join(f"{s.shard_id} at {s.address}" for s in topology.shards)
                 )
@@ -293,6 +395,13 @@ class Coordinator:
                     self._topology,
                     [shard_id for shard_id, located in found.items() if located.epoch != self._topology.epoch],
                 )
+
+    async def _give_out(self, epoch: int) -> None:
+        """Makes an epoch durable by which nobody owns anything else than before: it is no harm if it is not."""
+        try:
+            await self._memory.epoch(epoch)
+        except OSError as error:
+            logger.warning("epoch %d cannot be made durable: %s", epoch, error)
 
     async def _tell(self, topology: Topology, shard_ids: Sequence[int]) -> None:
         # Whoever misses it is told after the next look: its epoch gives it away.

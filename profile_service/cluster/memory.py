@@ -2,6 +2,7 @@
 
     epoch.json     the highest epoch ever given out
     leases.json    {"holders": {"0": ["incarnation", "identity of the directory's lock"], …}}
+    owners.json    an `Ownership`; before there is one partitions are spread evenly over the shards of `data.json`
 
 A coordinator has the lock COORDINATOR for as long as it lives: two never write here.
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from profile_service.cluster.leases import Holder
-from profile_service.storage.data_directory import COORDINATOR_LOCK, LEASES, EpochFile
+from profile_service.cluster.ownership import Ownership
+from profile_service.storage.data_directory import COORDINATOR_LOCK, LEASES, EpochFile, Manifest, owners_document
 from profile_service.storage.data_directory import Holder as LockHolder
 from profile_service.storage.document import Document
 from profile_service.storage.fs import FileSystem
-from profile_service.storage.redis_store import RedisStore
+
+if TYPE_CHECKING:
+    from profile_service.storage.redis_store import RedisStore
 
 
 class CoordinatorMemory:
@@ -32,9 +37,12 @@ class CoordinatorMemory:
     """
 
     def __init__(self, fs: FileSystem, directory: Path, store: RedisStore | None = None) -> None:
+        self._fs = fs
+        self._directory = directory
         self._store = store
         self._lock = fs.lock(directory / COORDINATOR_LOCK, LockHolder.this_process().encode())
         self._epochs = EpochFile(fs, directory)
+        self._owners = owners_document(fs, directory)
         self._leases = Document(
             fs, directory / LEASES, "remove it while nothing runs that was part of this service, on any machine"
         )
@@ -48,6 +56,12 @@ class CoordinatorMemory:
         fields = self._leases.read() or {"holders": {}}
         return {int(shard_id): Holder(*holder) for shard_id, holder in fields["holders"].items()}
 
+    def last_ownership(self, manifest: Manifest) -> Ownership:
+        """Who owns what. It is durable from now on, whatever became of the last write of it. Raises DataLoss,
+        OSError."""
+        self._owners.make_durable()
+        return stored_ownership(self._fs, self._directory, manifest)
+
     async def epoch(self, epoch: int) -> None:
         """As Memory.epoch."""
         await asyncio.to_thread(self._epochs.write, epoch)
@@ -60,6 +74,18 @@ class CoordinatorMemory:
         encoded = {str(shard_id): [holder.incarnation, holder.lock] for shard_id, holder in sorted(holders.items())}
         await asyncio.to_thread(self._leases.write, {"holders": encoded})
 
+    async def ownership(self, ownership: Ownership) -> None:
+        """As Memory.ownership."""
+        await asyncio.to_thread(self._owners.write, ownership.encode())
+
     def release(self) -> None:
         """Lets the next one have it."""
         self._lock.release()
+
+
+def stored_ownership(fs: FileSystem, directory: Path, manifest: Manifest) -> Ownership:
+    """Who owns what, as a data directory says. Raises DataLoss."""
+    fields = owners_document(fs, directory).read()
+    if fields is None:
+        return Ownership.even(manifest.partition_bits, manifest.shards)
+    return Ownership.decode(fields)

@@ -22,8 +22,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from profile_service.clock import system_clock
+from profile_service.cluster.memory import stored_ownership
+from profile_service.cluster.ownership import Ownership
 from profile_service.cluster.store_lease import StoreLease
-from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity
 from profile_service.domain.decay import NS
 from profile_service.domain.index import ByteIndex
@@ -32,6 +33,7 @@ from profile_service.domain.packing import Packing, pack_rows
 from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import DataLoss, StartupError
+from profile_service.shard.dedupe import NO_PARTITION, EventIds
 from profile_service.shard.recovery import Recovered, recover
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
@@ -88,9 +90,10 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
             await store.begin_import(meta)
             store.for_partitions(meta.partition_bits)
             sent = Tally()
-            for shard_id in range(directory.manifest.shards):
+            ownership = _settled_ownership(directory)
+            for shard_id in ownership.shard_ids:
                 async with _recovered(directory, shard_id, schema) as recovered:
-                    owned = _owned(directory.manifest, shard_id)
+                    owned = ownership.owned_by(shard_id)
                     await _send_rows(store, schema, recovered.state, sent, progress)
                     await _send_rest(store, schema, recovered.state, owned)
                     sent.events += recovered.state.event_count
@@ -137,7 +140,8 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
                 known = await _read_known(store, schema)
                 for shard_id in range(shards):
                     async with _recovered(directory, shard_id, schema) as recovered:
-                        await _fill(recovered.state, store, schema, known, _owned(manifest, shard_id), read, progress)
+                        owned = Ownership.even(manifest.partition_bits, shards).owned_by(shard_id)
+                        await _fill(recovered.state, store, schema, known, owned, read, progress)
                         read.events += recovered.state.event_count
                         await _snapshot(recovered)
                 _compare(read, await _tally_directory(directory, schema, read.users, progress))
@@ -173,9 +177,15 @@ def _schema_of(directory: DataDirectory) -> Schema:
     return parse_schema(text, f"the schema of {directory.path}")
 
 
-def _owned(manifest: Manifest, shard_id: int) -> list[int]:
-    places = [ShardLocation(number, "") for number in range(manifest.shards)]
-    return Topology.even(manifest.partition_bits, places, epoch=1).owned_by(shard_id)
+def _settled_ownership(directory: DataDirectory) -> Ownership:
+    """Who owns what. Raises StartupError where a change of it was begun and has not ended."""
+    ownership = stored_ownership(RealFileSystem(), directory.path, directory.manifest)
+    idle = set(ownership.shard_ids) - set(ownership.owners)
+    if ownership.leftovers or ownership.retiring or idle:
+        raise StartupError(
+            f"{directory.path}: a change of owners was begun and has not ended; start the service, and `scale` it"
+        )
+    return ownership
 
 
 class _recovered:  # noqa: N801  used as a function
@@ -275,7 +285,7 @@ async def _send_rest(store: RedisStore, schema: Schema, state: ShardState, owned
             await store.put_requests(group, encode_requests(some), len(some))
     first, last = state.event_ids.held
     for start in range(first, last, EVENT_IDS_A_CHUNK):
-        copied, times = state.event_ids.copy(start, min(start + EVENT_IDS_A_CHUNK, last))
+        copied, times, _ = state.event_ids.copy(start, min(start + EVENT_IDS_A_CHUNK, last))
         oldest = now_s - int(capacity.event_id_window_s)
         if len(copied) and int(times[-1]) // NS > oldest:
             # Whose they are their keys do not tell: every owner takes all of them, until they are forgotten.
@@ -362,7 +372,9 @@ async def _fill(
     for request_id, partitions, when in known.requests:
         state.producers.note(request_id, 0, 0, partitions, when)
     state.producers.finish_load()
-    state.event_ids.load(*known.event_ids)
+    keys, times = known.event_ids
+    # Whose they are their keys do not tell.
+    state.event_ids.load(EventIds(keys, times, np.full(len(keys), NO_PARTITION, np.int32)))
 
 
 async def _snapshot(recovered: Recovered) -> None:
@@ -391,7 +403,7 @@ async def _snapshot(recovered: Recovered) -> None:
 
 async def _tally_directory(directory: DataDirectory, schema: Schema, users: int, progress: Progress) -> Tally:
     tally = Tally()
-    for shard_id in range(directory.manifest.shards):
+    for shard_id in directory.shard_ids():
         async with _recovered(directory, shard_id, schema) as recovered:
             for ids, rows, _ in _packed(schema, recovered.state):
                 tally.add(ids, rows)

@@ -6,7 +6,7 @@ owner       shard 0        shard 1         shard 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,6 +64,18 @@ class Topology:
                 starts[first] = shard.shard_id
         return cls(epoch, partition_bits, located, starts).validated()
 
+    @classmethod
+    def of_owners(
+        cls, partition_bits: int, shards: Iterable[ShardLocation], owners: Sequence[int], epoch: int = 1
+    ) -> Topology:
+        """Of each partition's owner, (partition_count,) shard ids."""
+        starts: SortedDict[int, int] = SortedDict()
+        for partition, owner in enumerate(owners):
+            if not partition or owners[partition - 1] != owner:
+                starts[partition] = owner
+        located = tuple(sorted(shards, key=lambda shard: shard.shard_id))
+        return cls(epoch, partition_bits, located, starts).validated()
+
     @property
     def partition_count(self) -> int:
         """Partitions in all."""
@@ -107,6 +119,23 @@ class Topology:
         """The same owners at other places, one epoch later."""
         moved = tuple(shards.get(shard.shard_id, shard) for shard in self.shards)
         return replace(self, epoch=self.epoch + 1, shards=moved).validated()
+
+    def owners(self) -> list[int]:
+        """(partition_count,) each partition's owner."""
+        return [owned.shard_id for owned in self.ranges() for _ in range(owned.first, owned.last + 1)]
+
+    def with_owner(self, partitions: Iterable[int], shard_id: int) -> Topology:
+        """The partitions given to a shard, one epoch later."""
+        owners = self.owners()
+        for partition in partitions:
+            owners[partition] = shard_id
+        return Topology.of_owners(self.partition_bits, self.shards, owners, self.epoch + 1)
+
+    def with_members(self, shard_ids: Iterable[int]) -> Topology:
+        """These shards, of which those that are new own nothing and those that go must not, one epoch later."""
+        known = {shard.shard_id: shard for shard in self.shards}
+        members = [known.get(shard_id, ShardLocation(shard_id, "")) for shard_id in shard_ids]
+        return Topology.of_owners(self.partition_bits, members, self.owners(), self.epoch + 1)
 
     def validate(self) -> list[str]:
         """Everything that is wrong with it, for people; empty when nothing is."""

@@ -75,7 +75,7 @@ def _inspect_all(fs: FileSystem, directory: DataDirectory) -> list[ShardFinding]
     from profile_service.shard.inspection import inspect_shard
 
     found = []
-    for shard_id in range(directory.manifest.shards):
+    for shard_id in directory.shard_ids():
         if holder := directory.shard_in_use(shard_id):
             raise CommandError(f"shard {shard_id} is still in use by {holder}; wait for it to end")
         identity = directory.manifest.identity(shard_id)

@@ -377,6 +377,64 @@ def _join(
 
 
 @leaf_kernel
+def _copy_chosen(
+    entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
+    numbers: NDArray[np.int64],
+    lengths: NDArray[np.int32],
+    target: NDArray[np.uint8],
+) -> int:
+    """Copies the strings with these numbers one behind the other, as far as `target` reaches; returns the bytes that
+    all of them have. -1 is the length of a number that is not in use."""
+    size = 0
+    for i in range(len(numbers)):
+        entry = entries[numbers[i]]
+        if entry & _FREE != np.uint64(0):
+            lengths[i] = -1
+            continue
+        extent = to_i64(entry)
+        length = extent & MOST_BYTES
+        lengths[i] = length
+        if size + length <= len(target):
+            copy_bytes(target, size, arena, extent >> _LENGTH_BITS, length)
+        size += length
+    return size
+
+
+@leaf_kernel
+def _hash_chosen(
+    entries: NDArray[np.uint64], arena: NDArray[np.uint8], numbers: NDArray[np.int64], keys: NDArray[np.uint64]
+) -> None:
+    for i in range(len(numbers)):
+        extent = to_i64(entries[numbers[i]] & ~_FREE)
+        keys[i] = xxh64(arena, extent >> _LENGTH_BITS, extent & MOST_BYTES, 0)
+
+
+@leaf_kernel
+def _choose(
+    entries: NDArray[np.uint64],
+    arena: NDArray[np.uint8],
+    first: int,
+    last: int,
+    shift: int,
+    wanted: NDArray[np.bool_],
+    numbers: NDArray[np.int64],
+) -> int:
+    """Puts into `numbers` those from `first` up to `last` whose string's hash, shifted right, is wanted; returns how
+    many there are."""
+    count = 0
+    for number in range(first, last):
+        if entries[number] & _FREE != np.uint64(0):
+            continue
+        extent = to_i64(entries[number])
+        key = xxh64(arena, extent >> _LENGTH_BITS, extent & MOST_BYTES, 0)
+        if wanted[to_i64(key >> np.uint64(shift))]:
+            numbers[count] = number
+            count += 1
+    return count
+
+
+@leaf_kernel
 def _hash_all(
     buffer: NDArray[np.uint8],
     lengths: NDArray[np.int32],
@@ -622,6 +680,27 @@ class ByteIndex:
         """
         following, size = _copy_out(self._entries, self._arena, first, last, lengths, target)
         return int(following), int(size)
+
+    def choose(self, first: int, last: int, shift: int, wanted: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The numbers from `first` up to `last` of strings whose XXH64, shifted right by `shift`, is wanted."""
+        last = min(last, self.high_water)
+        numbers = np.empty(max(0, last - first), np.int64)
+        count = int(_choose(self._entries, self._arena, first, last, shift, wanted, numbers))
+        return numbers[:count]
+
+    def hashes(self, numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The XXH64 of the strings with these numbers; of one that is not in use, of what it was or of nothing."""
+        keys = np.empty(len(numbers), np.uint64)
+        _hash_chosen(self._entries, self._arena, numbers, keys)
+        return keys
+
+    def copy_chosen(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """The strings with these numbers, one behind the other, and their lengths: -1 for a number not in use."""
+        lengths = np.empty(len(numbers), np.int32)
+        size = _copy_chosen(self._entries, self._arena, numbers, lengths, np.empty(0, np.uint8))
+        joined = np.empty(int(size), np.uint8)
+        _copy_chosen(self._entries, self._arena, numbers, lengths, joined)
+        return lengths, joined
 
     def load_numbered(self, first: int, lengths: NDArray[np.int32], buffer: NDArray[np.uint8]) -> None:
         """Gives strings that `copy_strings` copied, of an index that held each once, their numbers from `first` on.

@@ -6,7 +6,7 @@ adds the states of all shards up, which gives the prior of the categoricals and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +19,7 @@ from profile_service.domain.layout import EVENT_COUNT, Layout
 from profile_service.domain.packing import Packing, pack_rows, unpack_rows
 from profile_service.domain.profile import Encoder, Priors
 from profile_service.domain.schema import Schema
+from profile_service.errors import ResourceExhausted
 from userprofile.internal.v1 import population_pb2
 
 
@@ -74,6 +75,42 @@ class PopulationRow:
         for feature in self.layout.features:
             feature.merge(self.views, 0, other.views, 0)
 
+    def add_state(self, encoded: bytes, texts: ByteIndex) -> None:
+        """Adds the sums of another shard, an encoded PopulationState; its texts get numbers of `texts`.
+
+        Raises:
+            ValueError: it is of another schema.
+            ResourceExhausted: there is no room for the texts.
+        """
+        state = self.check(encoded, texts)
+        numbers = texts.add(text.encode() for text in state.texts)
+        _merge(self.layout, self.views, state, [number + 1 for number in numbers])
+
+    def check(self, encoded: bytes, texts: ByteIndex) -> population_pb2.PopulationState:
+        """The state that `add_state` would add. Raises what `add_state` would raise."""
+        state = population_pb2.PopulationState.FromString(encoded)
+        if state.schema_fingerprint != self._schema.fingerprint:
+            raise ValueError("the sums are of another schema")
+        if not texts.make_room(len(state.texts), sum(len(text.encode()) for text in state.texts)):
+            raise ResourceExhausted("there is no room for the texts of another shard's sums", retry_after_s=10.0)
+        return state
+
+    def relaid(self, encoded: bytes, relay: Callable[[bytes], bytes]) -> bytes:
+        """An encoded PopulationState whose row, of another layout, becomes one of this layout by `relay`.
+
+        Raises:
+            ValueError: it does not.
+        """
+        state = population_pb2.PopulationState.FromString(encoded)
+        row = relay(b"".join(getattr(state, name) for name in VIEW_DTYPES))
+        if len(row) != sum(view.nbytes for view in self.views):
+            raise ValueError(f"{len(row)} bytes are not a population of this schema")
+        at = 0
+        for name, view in zip(VIEW_DTYPES, self.views, strict=True):
+            setattr(state, name, row[at : at + view.nbytes])
+            at += view.nbytes
+        return state.SerializeToString()
+
     def to_state(self, texts: ByteIndex) -> bytes:
         """An encoded PopulationState; `texts` is what the row's interned ids stand for."""
         u4 = self.views.u4.copy()
@@ -123,18 +160,8 @@ class Population:
         return Encoder(self._layout, self._views, texts.arrays.entries, texts.arrays.arena)
 
     def _add(self, state: population_pb2.PopulationState, numbers: dict[str, int]) -> None:
-        views = {}
-        for name, dtype in VIEW_DTYPES.items():
-            wide = np.dtype(np.float64) if name == "f4" else dtype
-            views[name] = np.frombuffer(getattr(state, name), dtype=wide).reshape(1, -1).copy()
-        translated = np.array([0, *(numbers.setdefault(text, len(numbers) + 1) for text in state.texts)], np.uint32)
-        for feature in self._layout.features:
-            for first, count in feature.strings():
-                views["u4"][0, first : first + count] = translated[views["u4"][0, first : first + count]]
-        source = RowViews(**views)
-        merge_header(self._views.i8, 0, source.i8, 0)
-        for feature in self._layout.features:
-            feature.merge(self._views, 0, source, 0)
+        here = [numbers.setdefault(text, len(numbers) + 1) for text in state.texts]
+        _merge(self._layout, self._views, state, here)
 
     @cached_property
     def priors(self) -> Priors:
@@ -147,3 +174,19 @@ class Population:
         """An encoded Profile without a user id, of the features named, or of all."""
         (profile,) = self._encoder.encode(np.zeros(1, np.int64), Strings.join([b""]), read_ns, names, self.priors)
         return profile
+
+
+def _merge(layout: Layout, views: RowViews, state: population_pb2.PopulationState, text_ids: Sequence[int]) -> None:
+    """Adds the state to the row; its texts are known there by these ids."""
+    found = {}
+    for name, dtype in VIEW_DTYPES.items():
+        wide = np.dtype(np.float64) if name == "f4" else dtype
+        found[name] = np.frombuffer(getattr(state, name), dtype=wide).reshape(1, -1).copy()
+    translated = np.array([0, *text_ids], np.uint32)
+    for feature in layout.features:
+        for first, count in feature.strings():
+            found["u4"][0, first : first + count] = translated[found["u4"][0, first : first + count]]
+    source = RowViews(**found)
+    merge_header(views.i8, 0, source.i8, 0)
+    for feature in layout.features:
+        feature.merge(views, 0, source, 0)

@@ -268,17 +268,27 @@ class ProfileTable:
         fresh = self.users.high_water
         row = self.users.add([user_id.encode()])[0]
         self._rows[fresh : self.users.high_water] = self.layout.template
-        self._mark_rows(self._views.u4[source : source + 1], self.layout)
+        self.mark_texts(self._views.u4[source : source + 1], self.layout)
         merge_header(self._views.i8, row, self._views.i8, source)
         for feature in self.layout.features:
             feature.merge(self._views, row, self._views, source)
         self.remove(source_user_id)
 
+    def add_population(self, state: bytes) -> None:
+        """Adds another table's sums, an encoded PopulationState, to this one's.
+
+        Raises:
+            ValueError: they are of another schema.
+            ResourceExhausted: there is no room for their texts.
+        """
+        self.population.add_state(state, self.texts)
+        self.mark_texts(self.population.views.u4, self.population.layout)
+
     def begin_copy(self) -> None:
         """From here on it is noted which texts are referred to. All rows that there are now are copied next, each once,
         by `copy_rows`; then `sweep_texts` may be called, and at the end `finish_copy`."""
         self._marks = np.zeros(self.texts.high_water, dtype=np.uint8)
-        self._mark_rows(self.population.views.u4, self.population.layout)
+        self.mark_texts(self.population.views.u4, self.population.layout)
 
     def sweep_texts(self, first: int, last: int) -> int:
         """Forgets the texts with numbers from `first` up to `last` that nothing refers to; returns how many."""
@@ -289,7 +299,8 @@ class ProfileTable:
         """Nothing is noted any more."""
         self._marks = None
 
-    def _mark_rows(self, u4: NDArray[np.uint32], layout: Layout) -> None:
+    def mark_texts(self, u4: NDArray[np.uint32], layout: Layout) -> None:
+        """Notes, while rows are copied, that these rows of a layout refer to texts."""
         if self._marks is not None:
             for feature in layout.features:
                 for first, count in feature.strings():
@@ -311,7 +322,7 @@ class ProfileTable:
         else:
             np.take(self._rows[first:following], chosen, axis=0, out=rows[:count])
             lengths[:count] = lengths[chosen]
-        self._mark_rows(self._views.u4[first:following], self.layout)
+        self.mark_texts(self._views.u4[first:following], self.layout)
         return following, count, id_bytes
 
     def load_rows(

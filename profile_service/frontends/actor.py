@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -12,9 +13,11 @@ from ray.actor import ActorHandle
 
 from profile_service.allocator import keep_freed_memory, spare_what_stays
 from profile_service.clock import system_clock
+from profile_service.cluster.changes import Changed
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
+from profile_service.errors import Unavailable
 from profile_service.frontends.server import Frontend
 from profile_service.shard.warm import warm_stored_kernels
 from profile_service.wire.warm import warm_scanning
@@ -48,7 +51,7 @@ class FrontendActor:
 
         self._schema = schema
         self._is_local = settings.storage.is_local
-        self._frontend = Frontend(schema, settings, topology, system_clock)
+        self._frontend = Frontend(schema, settings, topology, system_clock, _RayChanges(coordinator))
         self._started = asyncio.create_task(self._start())
 
     async def wait_until_ready(self) -> tuple[str, str]:
@@ -79,3 +82,27 @@ class FrontendActor:
         """Answers everything accepted, then serves no more. One that never served has nothing to answer."""
         if self._started.done() and self._started.exception() is None:
             await self._frontend.drain()
+
+
+class _RayChanges:
+    """`Changes` by calls to the coordinator's actor."""
+
+    def __init__(self, coordinator: ActorHandle[Any]) -> None:
+        self._coordinator = coordinator
+
+    async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
+        return await _answer(self._coordinator.move.remote(partitions, target_id))
+
+    async def scale(self, shard_count: int) -> Changed:
+        return await _answer(self._coordinator.scale.remote(shard_count))
+
+    async def drain_node(self, node: str) -> Changed:
+        return await _answer(self._coordinator.drain_node.remote(node))
+
+
+async def _answer(asked: Any) -> Changed:
+    try:
+        changed: Changed = await asked
+    except ray.exceptions.RayActorError as error:
+        raise Unavailable(f"the coordinator was lost meanwhile, ask again: {error}", retry_after_s=1.0) from None
+    return changed

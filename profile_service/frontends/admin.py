@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from profile_service import __version__
 from profile_service.clock import Clock
+from profile_service.cluster.changes import Changed, Changes
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation
 from profile_service.config import Settings
 from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema
+from profile_service.errors import DeadlineExceeded
 from profile_service.rpc.requests import parse
 from profile_service.shard.store_opening import shown_store
 from userprofile.internal.v1 import shard_pb2
@@ -31,8 +33,9 @@ ShardStatus = admin_service_pb2.GetStatusResponse.ShardStatus
 class Admin:
     """Answers questions about the service."""
 
-    def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock) -> None:
+    def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock, changes: Changes) -> None:
         self._router = router
+        self._changes = changes
         self._schema = schema
         self._settings = settings
         self._start_ns = clock()
@@ -94,6 +97,36 @@ class Admin:
         parse(admin_service_pb2.CreateSnapshotRequest, request)
         positions = await self._router.create_snapshot(deadline_s)
         return admin_service_pb2.CreateSnapshotResponse(log_positions=positions).SerializeToString()
+
+    async def move_partitions(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded MovePartitionsResponse, once the target owns all of them."""
+        asked = parse(admin_service_pb2.MovePartitionsRequest, request)
+        epoch = await self._changed(self._changes.move(list(asked.partitions), asked.target_shard_id), deadline_s)
+        return admin_service_pb2.MovePartitionsResponse(epoch=epoch).SerializeToString()
+
+    async def scale_shards(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded ScaleShardsResponse, once there are so many."""
+        asked = parse(admin_service_pb2.ScaleShardsRequest, request)
+        epoch = await self._changed(self._changes.scale(asked.shard_count), deadline_s)
+        return admin_service_pb2.ScaleShardsResponse(epoch=epoch).SerializeToString()
+
+    async def drain_node(self, request: bytes, deadline_s: float | None) -> bytes:
+        """An encoded DrainNodeResponse, once no shard is there any more."""
+        asked = parse(admin_service_pb2.DrainNodeRequest, request)
+        epoch = await self._changed(self._changes.drain_node(asked.node), deadline_s)
+        return admin_service_pb2.DrainNodeResponse(epoch=epoch).SerializeToString()
+
+    async def _changed(self, change: Awaitable[Changed], deadline_s: float | None) -> int:
+        """The epoch after a change that was asked for; it goes on where the caller's deadline passes."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                changed = await change
+        except TimeoutError:
+            raise DeadlineExceeded("it goes on: see the topology, or ask again") from None
+        epoch = changed.raise_fault()
+        # Whoever asks this frontend next is told what has become of it.
+        await self._router.refresh()
+        return epoch
 
     @property
     def shards_read(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import grpc
 
 from profile_service.clock import Clock
+from profile_service.cluster.changes import Changes
 from profile_service.cluster.router import Router
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
@@ -50,14 +51,22 @@ class CallContext:
 class Api:
     """The three services of userprofile.v1."""
 
-    def __init__(self, router: Router, schema: Schema, settings: Settings, metrics: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        router: Router,
+        schema: Schema,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Clock,
+        changes: Changes,
+    ) -> None:
         plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         self._metrics = metrics
         self._in_flight = _InFlight()
         self._message_bytes = settings.limits.message_bytes
         self.ingest = Ingest(router, plan, settings, metrics, clock)
         self.query = Query(router, settings.limits, [feature.name for feature in schema.features])
-        self.admin = Admin(router, schema, settings, clock)
+        self.admin = Admin(router, schema, settings, clock, changes)
         self._calls: dict[str, UnaryCall] = {
             f"{EVENT_SERVICE}/IngestEvents": self.ingest.ingest_events,
             f"{PROFILE_SERVICE}/GetProfile": self.query.get_profile,
@@ -67,6 +76,9 @@ class Api:
             f"{ADMIN_SERVICE}/GetTopology": self.admin.get_topology,
             f"{ADMIN_SERVICE}/GetStatus": self.admin.get_status,
             f"{ADMIN_SERVICE}/CreateSnapshot": self.admin.create_snapshot,
+            f"{ADMIN_SERVICE}/MovePartitions": self.admin.move_partitions,
+            f"{ADMIN_SERVICE}/ScaleShards": self.admin.scale_shards,
+            f"{ADMIN_SERVICE}/DrainNode": self.admin.drain_node,
         }
         metrics.watch_shards(lambda: self.admin.last_shards)
 

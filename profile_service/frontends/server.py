@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from profile_service.clock import Clock
+from profile_service.cluster.changes import Changes
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import Topology
 from profile_service.config import STREAM_LOOKAHEAD_BYTES, Settings
@@ -68,10 +69,16 @@ class Frontend:
 
     Args:
         source: asks the coordinator for the topology.
+        changes: asks it for another one.
     """
 
     def __init__(
-        self, schema: Schema, settings: Settings, source: Callable[[], Awaitable[Topology]], clock: Clock
+        self,
+        schema: Schema,
+        settings: Settings,
+        source: Callable[[], Awaitable[Topology]],
+        clock: Clock,
+        changes: Changes,
     ) -> None:
         plan = WirePlan.compile(schema.event_type_names, schema.text_attributes, schema.number_attributes)
         self._settings = settings
@@ -84,7 +91,7 @@ class Frontend:
             self._away,
         )
         self._metrics = Metrics()
-        self.api = Api(self._router, schema, settings, self._metrics, clock)
+        self.api = Api(self._router, schema, settings, self._metrics, clock, changes)
         self._health = health.aio.HealthServicer()
         self._grpc = _grpc_server(self.api, self._health, settings)
         self._draining = False

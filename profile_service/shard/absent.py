@@ -65,6 +65,10 @@ class AbsentShard:
     def set_population(self, states: Sequence[bytes]) -> None:
         """Nothing needs it yet."""
 
+    async def receive(self, move_id: str, piece: bytes) -> None:
+        """Raises Unavailable."""
+        self._refuse()
+
     async def create_snapshot(self) -> int:
         """Raises Unavailable."""
         self._refuse()

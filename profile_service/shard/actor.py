@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -22,6 +23,9 @@ from profile_service.config import Settings
 from profile_service.shard.lease import Grant
 from profile_service.shard.preload import Preload
 from profile_service.shard.startup import Startup
+
+if TYPE_CHECKING:
+    from profile_service.shard.moves import Departed
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,30 @@ class ShardActor:
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         """From now on it owns these partitions, and refuses what comes by another epoch."""
         self._process.shard.update_topology(epoch, owned)
+
+    async def expect(self, move_id: str, epoch: int, partitions: Sequence[int]) -> None:
+        """As Moves.expect."""
+        await self._process.moves.expect(move_id, epoch, partitions)
+
+    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
+        """As Moves.depart, to the shard at that address."""
+        return await self._process.depart(move_id, epoch, partitions, address)
+
+    async def finish(self, move_id: str) -> Departed:
+        """As Moves.finish."""
+        return await self._process.moves.finish(move_id)
+
+    async def clean(self, partitions: Sequence[int]) -> None:
+        """As Moves.clean."""
+        await self._process.moves.clean(partitions)
+
+    async def sums(self) -> bytes:
+        """As Moves.sums."""
+        return self._process.moves.sums()
+
+    async def adopt(self, sums: bytes) -> None:
+        """As Moves.adopt."""
+        await self._process.moves.adopt(sums)
 
     async def population_state(self) -> bytes:
         """The sums over this shard's users. Raises Unavailable while it recovers."""

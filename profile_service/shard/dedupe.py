@@ -3,7 +3,7 @@
     producer batches   the last sequence of each producer, by partition: a batch applied in part is completed, never
                        repeated
     request ids        the partitions that a request has reached, by request id
-    event ids          a bounded window of 64-bit keys, the oldest out first
+    event ids          a bounded window of 64-bit keys, each with its partition, the oldest out first
 
 All three are bounded in number and in time; time is the arrival time that the log holds, so that a replay decides
 alike. Only what is to be counted, and so goes to the log, is noted: what is held is a function of the log. Noting is
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,6 +171,24 @@ class ProducerSequences:
             self._ring[place] = None
             self._first_request += 1
 
+    def producer(self, producer_id: str) -> Producer | None:
+        """What is held of a producer."""
+        return self._producers.get(producer_id)
+
+    def request(self, request_id: str) -> Request | None:
+        """What is held of a request."""
+        return self._requests.get(request_id)
+
+    def receive(self, producer_id: str, last: NDArray[np.int64], acknowledged: int, used_ns: int) -> None:
+        """Adds what another shard held of a producer, (partitions,) last sequences among it."""
+        if producer_id not in self._producers:
+            self._forget_idle(used_ns)
+        self.load_producers([(producer_id, last, acknowledged, used_ns)])
+
+    def receive_request(self, request_id: str, reached: Sequence[int], used_ns: int) -> None:
+        """Adds what another shard held of a request: partitions that it has reached."""
+        self._reach(request_id, np.array(reached, np.int64), used_ns)
+
     @property
     def places(self) -> int:
         """Producers have numbers below this one."""
@@ -267,9 +286,11 @@ def _load(
     slots: NDArray[np.uint64],
     ring: NDArray[np.uint64],
     times: NDArray[np.int64],
+    partitions: NDArray[np.int32],
     ends: NDArray[np.int64],
     keys: NDArray[np.uint64],
     keys_times: NDArray[np.int64],
+    keys_partitions: NDArray[np.int32],
 ) -> None:
     capacity = len(ring)
     for i in range(len(keys)):
@@ -282,6 +303,7 @@ def _load(
         slots[_place(slots, key)] = key
         ring[ends[_TAIL] % capacity] = key
         times[ends[_TAIL] % capacity] = keys_times[i]
+        partitions[ends[_TAIL] % capacity] = keys_partitions[i]
         ends[_TAIL] += 1
 
 
@@ -290,8 +312,10 @@ def _admit(
     slots: NDArray[np.uint64],
     ring: NDArray[np.uint64],
     times: NDArray[np.int64],
+    partitions: NDArray[np.int32],
     ends: NDArray[np.int64],
     keys: NDArray[np.uint64],
+    keys_partitions: NDArray[np.int64],
     now_ns: int,
     oldest_ns: int,
     fresh: NDArray[np.bool_],
@@ -336,11 +360,25 @@ def _admit(
         slots[at] = key
         ring[last] = key
         times[last] = now_ns
+        partitions[last] = keys_partitions[i]
         tail += 1
         last = last + 1 if last + 1 < capacity else 0
     ends[_HEAD] = head
     ends[_TAIL] = tail
     return repeated
+
+
+class EventIds(NamedTuple):
+    """Keys that were copied out of a window, in the order of their coming."""
+
+    keys: NDArray[np.uint64]
+    times: NDArray[np.int64]
+    """When each came, ns since 1970."""
+    partitions: NDArray[np.int32]
+    """Of their users; NO_PARTITION where a snapshot of an earlier version did not say."""
+
+
+NO_PARTITION = -1
 
 
 class EventIdWindow:
@@ -358,36 +396,46 @@ class EventIdWindow:
         self._slots: NDArray[np.uint64] = reserve(slots, np.uint64)
         self._ring: NDArray[np.uint64] = reserve(capacity, np.uint64)
         self._times: NDArray[np.int64] = reserve(capacity, np.int64)
+        self._partitions: NDArray[np.int32] = reserve(capacity, np.int32)
         self._ends = np.zeros(2, dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[_TAIL] - self._ends[_HEAD])
 
-    def admit(self, keys: NDArray[np.uint64], now_ns: int) -> NDArray[np.bool_] | None:
-        """Which events are new (a key of 0 always is), and notes them; None for all of them."""
+    def admit(self, keys: NDArray[np.uint64], partitions: NDArray[np.int64], now_ns: int) -> NDArray[np.bool_] | None:
+        """Which events, of these partitions, are new (a key of 0 always is), and notes them; None for all of them."""
         fresh = np.ones(len(keys), dtype=np.bool_)
         repeated = _admit(
-            self._slots, self._ring, self._times, self._ends, keys, now_ns, now_ns - self._window_ns, fresh
+            self._slots,
+            self._ring,
+            self._times,
+            self._partitions,
+            self._ends,
+            keys,
+            partitions,
+            now_ns,
+            now_ns - self._window_ns,
+            fresh,
         )
         return fresh if repeated else None
 
-    def note(self, keys: NDArray[np.uint64], now_ns: int) -> None:
+    def note(self, keys: NDArray[np.uint64], partitions: NDArray[np.int64], now_ns: int) -> None:
         """Learns that events with these keys were counted; to learn it again changes nothing."""
-        self.admit(keys, now_ns)
+        self.admit(keys, partitions, now_ns)
 
     @property
     def held(self) -> tuple[int, int]:
         """The numbers of the keys in the order of their coming: the oldest one's, and the next one's."""
         return int(self._ends[_HEAD]), int(self._ends[_TAIL])
 
-    def copy(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """The keys with numbers from `first` up to `last` that are still held, and when each one came."""
-        places = np.arange(max(first, self.held[0]), last) % len(self._ring)
-        return self._ring[places], self._times[places]
+    def copy(self, first: int, last: int) -> EventIds:
+        """The keys with numbers from `first` up to `last` that are still held."""
+        places = np.arange(max(first, self.held[0]), last) % max(1, len(self._ring))
+        return EventIds(self._ring[places], self._times[places], self._partitions[places])
 
-    def load(self, keys: NDArray[np.uint64], times: NDArray[np.int64]) -> None:
+    def load(self, copied: EventIds) -> None:
         """Takes keys that were copied, in their order; beyond the capacity the oldest go."""
-        _load(self._slots, self._ring, self._times, self._ends, keys, times)
+        _load(self._slots, self._ring, self._times, self._partitions, self._ends, *copied)
 
     def check_invariants(self) -> None:
         """What is in the ring is found, and nothing else is there; for tests."""
@@ -437,7 +485,7 @@ class Admission:
         chosen = None if fresh is None else np.flatnonzero(fresh)
         keys = event_id_hashes if chosen is None else event_id_hashes[chosen]
         if keys.any():
-            new = self.event_ids.admit(keys, now_ns)
+            new = self.event_ids.admit(keys, partitions if chosen is None else partitions[chosen], now_ns)
             if new is not None:
                 chosen = np.flatnonzero(new) if chosen is None else chosen[new]
                 fresh = np.zeros(len(event_id_hashes), dtype=np.bool_)

@@ -4,6 +4,8 @@ RECORD_EVENTS   an encoded ApplyRequest.Part (`wire.apply_request`) with only th
                 events tells up to where its producer is acknowledged
 RECORD_FORGET   user ids whose profiles are removed, each behind its length in two bytes (little-endian)
 RECORD_SCHEMA   an encoded SchemaRecord: rows are of this schema from here on; the first record of every log
+RECORD_TRANSFER an encoded Transfer: what another shard held of partitions that move here
+RECORD_ADOPTION an encoded Adoption: the sums of a shard that is no more
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from userprofile.internal.v1 import shard_log_pb2
 RECORD_EVENTS = 1
 RECORD_FORGET = 2
 RECORD_SCHEMA = 3
+RECORD_TRANSFER = 4
+RECORD_ADOPTION = 5
 
 RECORD_OVERHEAD_BYTES = 1024
 """More than a record of events has beside the events: the producer's id is bounded, the rest are numbers."""

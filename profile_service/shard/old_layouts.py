@@ -91,11 +91,16 @@ class OldLayout:
         """
         narrow = {view: dtype.itemsize for view, dtype in VIEW_DTYPES.items()}
         wide = {**narrow, "f4": 8}
-        said = json.loads(written)
-        return cls(
-            OldRows.of(said["users"], users, narrow),
-            OldRows.of(said["population"], population, wide),
-        )
+        try:
+            said = json.loads(written)
+            return cls(
+                OldRows.of(said["users"], users, narrow),
+                OldRows.of(said["population"], population, wide),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"the version that wrote it laid out rows otherwise than this one does: {error}"
+            ) from error
 
     def population_bytes(self, copied: memoryview) -> bytes:
         """What `PopulationRow.load` takes."""

@@ -21,11 +21,13 @@ from profile_service.allocator import spare_what_stays
 from profile_service.clock import boot_clock, system_clock
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema, parse_schema
-from profile_service.errors import ProfileServiceError
+from profile_service.errors import ProfileServiceError, Unavailable
 from profile_service.shard.absent import AbsentShard
 from profile_service.shard.health import Health
 from profile_service.shard.keeping import NoSnapshots
 from profile_service.shard.lease import Lease, lock_identity
+from profile_service.shard.move_target import RemoteTarget
+from profile_service.shard.moves import Departed, Moves, StoredMoves
 from profile_service.shard.preload import Preload
 from profile_service.shard.recovery import recover
 from profile_service.shard.service import ShardServer
@@ -84,6 +86,7 @@ class ShardProcess:
         self.shard: Shard | AbsentShard = self._absent
         """The shard, or what stands in for it until it has recovered."""
         self._writer: asyncio.Task[None] | None = None
+        self._target: RemoteTarget | None = None
         self._draining = False
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._server = ShardServer(self._absent, settings, self.health)
@@ -102,6 +105,22 @@ class ShardProcess:
             await self.shard.close()
             await self._writer
         await self._server.stop(grace_s)
+
+    @property
+    def moves(self) -> Moves | StoredMoves:
+        """The shard's moves. Raises Unavailable before it has recovered."""
+        if not isinstance(self.shard, Shard):
+            raise Unavailable(f"shard {self._shard_id} recovers", RETRY_S)
+        return self.shard.moves
+
+    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
+        """As Moves.depart, to the shard at that address. The connection stays for `finish`, until the next
+        departure."""
+        target = RemoteTarget(address)
+        before, self._target = self._target, target
+        if before is not None:
+            await before.close()
+        return await self.moves.depart(move_id, epoch, partitions, target)
 
     async def _recover(self) -> None:
         """Brings the shard back from its directory and begins to serve it."""

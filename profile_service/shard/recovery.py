@@ -31,21 +31,25 @@ from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import DataLoss, ProfileServiceError, StartupError
 from profile_service.shard.files import LOCK_FILE, LOG_DIRECTORY, SNAPSHOT_DIRECTORY
 from profile_service.shard.log_records import (
+    RECORD_ADOPTION,
     RECORD_EVENTS,
     RECORD_FORGET,
     RECORD_SCHEMA,
+    RECORD_TRANSFER,
     decode_forget,
     decode_schema,
     encode_schema,
 )
 from profile_service.shard.startup import Phase
 from profile_service.shard.state import ShardState
+from profile_service.shard.transfer import Transfer, check, check_room, receive
 from profile_service.storage.fs import FileSystem, Lock
 from profile_service.storage.snapshot import SnapshotInfo, SnapshotStore
 from profile_service.storage.wal import LogOptions, Record, Runner, WriteAheadLog
 from profile_service.wire.apply_request import decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
+from userprofile.internal.v1 import shard_log_pb2
 
 RUN_BYTES = 2 << 20
 """Records of events are decoded and applied together up to this size, as one may hold a single event: some milliseconds
@@ -260,6 +264,13 @@ class _Recovery:
                     change = decode_schema(record.payload)
                     state.change_schema(parse_schema(change.yaml), change.reset_features)
                     plan = _plan(state.schema)
+                elif record.type == RECORD_TRANSFER:
+                    piece = Transfer.FromString(bytes(record.payload))
+                    rows = check(state, piece)
+                    check_room(state, rows)
+                    receive(state, piece, rows, record.position)
+                elif record.type == RECORD_ADOPTION:
+                    state.adopt(shard_log_pb2.Adoption.FromString(bytes(record.payload)))
                 else:
                     raise DataLoss(
                         f"{self._directory}: the record at position {record.position} is of type {record.type}, "

@@ -110,6 +110,9 @@ class ServedShard(Protocol):
     def acknowledged(self, producer_id: str) -> int:
         """As Shard.acknowledged."""
 
+    async def receive(self, move_id: str, piece: bytes) -> None:
+        """As Shard.receive."""
+
     async def create_snapshot(self) -> int:
         """As Shard.create_snapshot."""
 
@@ -181,6 +184,11 @@ class ShardServer:
                     self._get_status,
                     request_deserializer=shard_pb2.GetShardStatusRequest.FromString,
                     response_serializer=shard_pb2.GetShardStatusResponse.SerializeToString,
+                ),
+                "Receive": grpc.unary_unary_rpc_method_handler(
+                    self._receive,
+                    request_deserializer=shard_pb2.ReceiveRequest.FromString,
+                    response_serializer=shard_pb2.ReceiveResponse.SerializeToString,
                 ),
                 "CreateSnapshot": grpc.unary_unary_rpc_method_handler(
                     self._create_snapshot,
@@ -388,6 +396,13 @@ class ShardServer:
             return shard_pb2.GetProducerResponse(acknowledged_sequence=self._shard.acknowledged(request.producer_id))
         except Unavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+
+    async def _receive(self, request: shard_pb2.ReceiveRequest, context: ServerContext) -> shard_pb2.ReceiveResponse:
+        try:
+            await self._shard.receive(request.move_id, request.transfer)
+        except ProfileServiceError as error:
+            await abort(context, error)
+        return shard_pb2.ReceiveResponse()
 
     async def _create_snapshot(
         self, request: shard_pb2.CreateSnapshotRequest, context: ServerContext

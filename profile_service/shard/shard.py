@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -47,6 +47,8 @@ from profile_service.shard.log_records import (
     RECORD_OVERHEAD_BYTES,
     encode_forget,
 )
+from profile_service.shard.moves import Moves, StoredMoves
+from profile_service.shard.state import ShardState
 from profile_service.storage.fs import DiskFull
 from profile_service.storage.record import MAX_PAYLOAD_BYTES
 from profile_service.wire.apply_request import ApplyPart, encode_part
@@ -187,6 +189,9 @@ class Shard:
         """What the disk had no room for, when it is full: less may fit, and is taken."""
         snapshotter.on_ready(self._wake.set)
         log.on_failure(self._wake.set)
+        self.moves = Moves(self, state) if isinstance(state, ShardState) else StoredMoves(self, len(self._owned))
+        """Of partitions, from here and to here."""
+        self._jobs: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
 
     async def submit(
         self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, sender: Sender | None = None
@@ -241,8 +246,9 @@ class Shard:
                     await self._commit(group)
                 # Between two groups the state is that of the log's end: the moment for a block of a snapshot.
                 more = await self._snapshotter.step()
+                await self._run_jobs()
                 await self._look_around()
-                if not self._queue and not self._closed and not more:
+                if not self._queue and not self._jobs and not self._closed and not more:
                     await self._idle()
                 elif more:
                     await asyncio.sleep(0)
@@ -259,6 +265,10 @@ class Shard:
         self._closed = True
         self._wake.set()
 
+    async def receive(self, move_id: str, piece: bytes) -> None:
+        """As Moves.receive."""
+        await self.moves.receive(move_id, piece)
+
     async def create_snapshot(self) -> int:
         """Returns when a snapshot that begins now is published: the log position from which a recovery replays.
 
@@ -271,6 +281,45 @@ class Shard:
         published = self._snapshotter.request()
         self._wake.set()
         return await published
+
+    async def between_groups(self, job: Callable[[], Awaitable[None]]) -> None:
+        """Runs the job when everything that was logged is applied, and nothing else is logged meanwhile. An error of
+        the service is the caller's; any other ends the shard."""
+        if self._closed:
+            raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._jobs.append((job, done))
+        self._wake.set()
+        await asyncio.shield(done)
+
+    async def _run_jobs(self) -> None:
+        # Those that come meanwhile wait for the next group to pass.
+        for _ in range(len(self._jobs)):
+            job, done = self._jobs.popleft()
+            try:
+                await job()
+            except ProfileServiceError as error:
+                done.set_exception(error)
+                # Whoever waited may have gone away; the error is then nobody's.
+                done.exception()
+            except BaseException as error:
+                done.set_exception(Unavailable(f"shard {self.shard_id} failed: {error}", retry_after_s=1.0))
+                done.exception()
+                raise
+            else:
+                done.set_result(None)
+
+    async def log_now(self, kind: int, payload: Sequence[bytes]) -> None:
+        """For a job: makes a record durable. Raises StorageFull."""
+        if not await self._make_room(sum(map(len, payload)), 1):
+            raise StorageFull(self._health.message, retry_after_s=FULL_RETRY_S)
+        self._log.append(kind, payload)
+        await self._log.sync()
+
+    def owns(self, partitions: Sequence[int]) -> NDArray[np.bool_]:
+        """Which of the partitions it owns."""
+        owned: NDArray[np.bool_] = self._owned[list(partitions)]
+        return owned
 
     async def _idle(self) -> None:
         """Waits for work, at most until it is time to look around."""
@@ -332,6 +381,7 @@ class Shard:
                 for submission, works in applicable:
                     for columns, received_ns in works:
                         await self._apply(columns, received_ns)
+                        self.moves.applied(columns)
                     self._acknowledge(submission)
         except Interrupted as interruption:
             self._stall(interruption)
@@ -371,6 +421,8 @@ class Shard:
                 partitions = (columns.user_hash[: columns.count] >> self._partition_shift).astype(np.int64)
                 if not self._owned[partitions].all():
                     raise NotMine(f"shard {self.shard_id} does not own every user of the batch", self.epoch)
+                if self.moves.is_freezing and self.moves.frozen[partitions].any():
+                    raise NotMine(f"users of the batch are about to leave shard {self.shard_id}", self.epoch)
                 checked.append(_Checked(part, columns, partitions))
         except ProfileServiceError as error:
             _fail(submission, error)
@@ -418,6 +470,7 @@ class Shard:
             part = replace(part, events=gather_events(part.events, chosen), event_count=columns.count)
         if not columns.count and not only_tells:
             return None
+        self.moves.noted(part.producer_id, checked.partitions)
         self._log.append(RECORD_EVENTS, encode_part(part))
         return columns, part.arrival_time_ns
 
@@ -442,11 +495,17 @@ class Shard:
             self._log.append(RECORD_FORGET, record)
             await self._log.sync()
             self._state.forget(idle)
+            self.moves.forgot(idle)
 
     def _fail_all(self, error: ProfileServiceError) -> None:
         for submission in self._queue:
             _fail(submission, error)
         self._queue.clear()
+        for _, done in self._jobs:
+            if not done.done():
+                done.set_exception(error)
+                done.exception()
+        self._jobs.clear()
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -515,13 +574,14 @@ class Shard:
             self.epoch = epoch
             self._owned[:] = False
             self._owned[list(owned)] = True
+            self.moves.new_epoch()
             self._look_at_s = 0.0
             self._wake.set()
 
     def status(self) -> ShardCounters:
         """How the shard does."""
         return ShardCounters(
-            user_count=self._state.user_count,
+            user_count=self._state.user_count - self.moves.arriving_users,
             event_count=self._state.event_count,
             state_bytes=self._state.table.memory_bytes,
             log_position=self._log.position,

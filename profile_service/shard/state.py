@@ -29,9 +29,11 @@ from profile_service.domain.schema import Schema
 from profile_service.domain.table import MOST_TEXTS, MOST_USERS, ProfileTable
 from profile_service.errors import ResourceExhausted
 from profile_service.shard.dedupe import Admission
+from profile_service.shard.old_layouts import OldLayout
 from profile_service.shard.replay import ReplayRuns
-from profile_service.shard.state_blocks import StateCopy, load_state
+from profile_service.shard.state_blocks import StateCopy, describe_layout, load_state
 from profile_service.storage.snapshot import Block
+from userprofile.internal.v1 import shard_log_pb2
 
 
 class ShardState(Admission):
@@ -64,12 +66,16 @@ class ShardState(Admission):
         super().__init__(partitions, capacity)
         self.event_count = 0
         """Events counted, since the shard's beginning."""
+        self.adopted: set[int] = set()
+        """Shards that are no more, whose events and population count as this one's."""
         self.newest_stamp = 0
         """The log position that the loaded snapshot needs: a log that ends before it has lost its end."""
         self._stamps: NDArray[np.int64] | None = None
         """By row: the stamp of the block that brought it; None once nothing is left to tell apart."""
         self._replay: ReplayRuns | None = None
-        self._partition_shift = np.uint64(64 - (partitions.bit_length() - 1))
+        self.hash_shift = 64 - (partitions.bit_length() - 1)
+        """A user's hash, shifted right by it, is the partition."""
+        self._partition_shift = np.uint64(self.hash_shift)
 
     @classmethod
     def load(cls, blocks: Iterable[Block], new_state: Callable[[Schema], ShardState]) -> ShardState:
@@ -125,11 +131,11 @@ class ShardState(Admission):
         now_ns: int,
     ) -> None:
         """Learns from a replayed record which events were counted; nothing is left out."""
+        partitions = (user_hashes >> self._partition_shift).astype(np.int64)
         if producer_id:
-            partitions = (user_hashes >> self._partition_shift).astype(np.int64)
             self.producers.note(producer_id, sequence, acknowledged_sequence, partitions, now_ns)
         if event_id_hashes.any():
-            self.event_ids.note(event_id_hashes, now_ns)
+            self.event_ids.note(event_id_hashes, partitions, now_ns)
 
     def replay(self, columns: EventColumns, positions: NDArray[np.int64], received_ns: NDArray[np.int64]) -> None:
         """Counts events, each with its record's position and its time of arrival, where they are not counted yet; they
@@ -181,6 +187,39 @@ class ShardState(Admission):
     def _flush_replay(self) -> None:
         if self._replay is not None:
             self._replay.flush()
+
+    def holds_already(self, rows: NDArray[np.int64], position: int) -> NDArray[np.bool_]:
+        """On a replay: which of these rows (-1 for none) a snapshot brought as they were after the record there."""
+        if self._stamps is None:
+            return np.zeros(len(rows), np.bool_)
+        held: NDArray[np.bool_] = (rows >= 0) & (self._stamps[rows] > position)
+        return held
+
+    def check_adoption(self, adoption: shard_log_pb2.Adoption) -> None:
+        """Raises what `adopt` would raise, and changes nothing that is kept.
+
+        Raises:
+            ValueError: the sums are of another schema.
+            ResourceExhausted: the table has no room for their texts.
+        """
+        self.table.population.check(self._population_of(adoption), self.table.texts)
+
+    def _population_of(self, adoption: shard_log_pb2.Adoption) -> bytes:
+        """Its population in the layout of this version: an encoded PopulationState."""
+        if adoption.layout == describe_layout(self.table):
+            return adoption.population
+        old = OldLayout.parse(adoption.layout, self.table.layout, self.table.population.layout)
+        return self.table.population.relaid(adoption.population, lambda row: old.population_bytes(memoryview(row)))
+
+    def adopt(self, adoption: shard_log_pb2.Adoption) -> None:
+        """Takes the sums of a shard that is no more; once, however often they come. Raises as `check_adoption` does."""
+        if adoption.shard_id in self.adopted:
+            return
+        self._flush_replay()
+        self.table.add_population(self._population_of(adoption))
+        self.event_count += adoption.event_count
+        self.duplicate_count += adoption.duplicate_count
+        self.adopted.add(adoption.shard_id)
 
     def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
         """Raises what `change_schema` would raise, and changes nothing."""

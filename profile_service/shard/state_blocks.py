@@ -3,11 +3,12 @@
     SCHEMA      the schema file's text                                                  ┐
     LAYOUT      which slots of a row each feature owns, as JSON                         │ at once, when the copy
     COUNTERS    event_count, duplicate_count, users, texts                              │ begins
-    POPULATION  the population's row: f8, i8, f4 (64 bits wide), u4, u1                 ┘
+    POPULATION  the population's row: f8, i8, f4 (64 bits wide), u4, u1                 │
+    ADOPTED     shards whose sums count as this one's, where there are any              ┘
     ROWS        rows in use, in the order of their places, and the ids of their users   ┐
     PRODUCERS   sequences of producers                                                  │ in steps, in this order
     REQUESTS    partitions that request ids have reached                                │
-    EVENT_IDS   keys of event ids and when they came, in the order of their coming      │
+    EVENT_IDS   keys of event ids, when they came, of which partitions, in their order  │
     TEXTS       texts with numbers from a first one on                                  ┘
     END         rows and texts copied
 
@@ -24,10 +25,11 @@ as if they had never been.
                 producer and partition | i4 lengths of ids | ids
     REQUESTS    u4 count   u4 mask bytes  u8 id bytes     | i8 used ns | masks, the lowest partition in the first
                 byte's lowest bit | i4 lengths of ids | ids
-    EVENT_IDS   u4 count   u4 0           u8 0            | u8 keys | i8 times
+    EVENT_IDS   u4 count   u4 4           u8 0            | u8 keys | i8 times | i4 partitions; an older one has no
+                partitions, and 0 in place of the 4
     TEXTS       u4 count   u4 0           u8 text bytes   | u8 first number | i4 lengths, -1 for a number not in use
                 | texts
-    COUNTERS    i8 each                                     END  i8 each
+    COUNTERS    i8 each                                     END  i8 each                      ADOPTED  i4 each
 
 All numbers are little-endian; every section begins at a multiple of 8 bytes.
 """
@@ -46,13 +48,14 @@ from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss
+from profile_service.shard.dedupe import NO_PARTITION, EventIds
 from profile_service.shard.old_layouts import OldLayout, describe
 from profile_service.storage.snapshot import SALVAGED, Block
 
 if TYPE_CHECKING:
     from profile_service.shard.state import ShardState
 
-SCHEMA, LAYOUT, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXTS, END = range(1, 11)
+SCHEMA, LAYOUT, COUNTERS, POPULATION, ROWS, PRODUCERS, REQUESTS, EVENT_IDS, TEXTS, END, ADOPTED = range(1, 12)
 
 SPACE_BYTES = 1 << 19
 """What a step copies at most, unless a single row is larger: a few tenths of a millisecond of copying."""
@@ -83,13 +86,15 @@ class StateCopy:
         table.begin_copy()
         self._first = [
             (SCHEMA, state.schema.text.encode()),
-            (LAYOUT, _describe(table)),
+            (LAYOUT, describe_layout(table)),
             (
                 COUNTERS,
                 _COUNTERS.pack(state.event_count, state.duplicate_count, len(table), table.texts.high_water),
             ),
             (POPULATION, table.population.copy()),
         ]
+        if state.adopted:
+            self._first.append((ADOPTED, np.array(sorted(state.adopted), np.int32).tobytes()))
         self._blocks = self._generate()
         self._space: NDArray[np.uint8] = np.empty(0, np.uint8)
 
@@ -170,9 +175,9 @@ class StateCopy:
     def _copy_event_ids(self) -> Iterator[tuple[int, memoryview]]:
         start, stop = self._state.event_ids.held
         for first in range(start, stop, EVENT_IDS_A_STEP):
-            keys, times = self._state.event_ids.copy(first, min(first + EVENT_IDS_A_STEP, stop))
-            if len(keys):
-                yield EVENT_IDS, self._join(len(keys), 0, 0, (keys, times))
+            copied = self._state.event_ids.copy(first, min(first + EVENT_IDS_A_STEP, stop))
+            if len(copied.keys):
+                yield EVENT_IDS, self._join(len(copied.keys), copied.partitions.itemsize, 0, copied)
 
     def _copy_texts(self, stop: int) -> Iterator[tuple[int, memoryview]]:
         number = 0
@@ -272,6 +277,7 @@ class _Loading:
             LAYOUT: self._take_layout,
             COUNTERS: self._take_counters,
             POPULATION: self._take_population,
+            ADOPTED: self._take_adopted,
             PRODUCERS: self._take_producers,
             REQUESTS: self._take_requests,
             EVENT_IDS: self._take_event_ids,
@@ -311,14 +317,9 @@ class _Loading:
 
     def _take_layout(self, payload: memoryview) -> None:
         table = self._state.table
-        if bytes(payload) == _describe(table):
+        if bytes(payload) == describe_layout(table):
             return
-        try:
-            self._old = OldLayout.parse(bytes(payload), table.layout, table.population.layout)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the version that wrote it laid out rows otherwise than this one does: {error}"
-            ) from error
+        self._old = OldLayout.parse(bytes(payload), table.layout, table.population.layout)
 
     def _take_counters(self, payload: memoryview) -> None:
         state = self._state
@@ -329,6 +330,9 @@ class _Loading:
     def _take_population(self, payload: memoryview) -> None:
         population = self._state.table.population
         population.load(payload if self._old is None else self._old.population_bytes(payload))
+
+    def _take_adopted(self, payload: memoryview) -> None:
+        self._state.adopted.update(np.frombuffer(payload, np.int32).tolist())
 
     def _take_rows(self, payload: memoryview, stamp: int) -> None:
         reader = _Reader(payload)
@@ -366,7 +370,13 @@ class _Loading:
     def _take_event_ids(self, payload: memoryview) -> None:
         reader = _Reader(payload)
         keys = reader.take(reader.count, np.uint64)
-        self._state.event_ids.load(keys, reader.take(reader.count, np.int64, last=True))
+        if reader.width:
+            times = reader.take(reader.count, np.int64)
+            partitions = reader.take(reader.count, np.int32, last=True)
+        else:
+            times = reader.take(reader.count, np.int64, last=True)
+            partitions = np.full(reader.count, NO_PARTITION, np.int32)
+        self._state.event_ids.load(EventIds(keys, times, partitions))
 
     def _take_texts(self, payload: memoryview) -> None:
         reader = _Reader(payload)
@@ -385,7 +395,7 @@ def _aligned(size: int) -> int:
     return -(-size // 8) * 8
 
 
-def _describe(table: ProfileTable) -> bytes:
+def describe_layout(table: ProfileTable) -> bytes:
     """Where everything is in a row of a user, and in the population's."""
     return describe_layouts(table.layout, table.population.layout)
 

@@ -34,7 +34,7 @@ from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import Unavailable
-from profile_service.shard.dedupe import MOST_REQUESTS, Admission
+from profile_service.shard.dedupe import MOST_REQUESTS, NO_PARTITION, Admission, EventIds
 from profile_service.shard.keeping import Interrupted
 from profile_service.shard.log_records import RECORD_EVENTS
 from profile_service.shard.row_cache import RowCache, Stage
@@ -224,7 +224,9 @@ class StoredState(Admission):
 
     def _load_dedupe(self, held: Sequence[GroupState], carried: Sequence[bytes]) -> None:
         chunks = chain(carried, *(state.event_ids for state in held))
-        self.event_ids.load(*merged_event_ids(chunks))
+        keys, times = merged_event_ids(chunks)
+        # They are in the store by partition group, and go nowhere from here.
+        self.event_ids.load(EventIds(keys, times, np.full(len(keys), NO_PARTITION, np.int32)))
         requests = [request for state in held for chunk in state.requests for request in decode_requests(chunk)]
         for request_id, partitions, when in sorted(requests, key=lambda request: request[2]):
             self.producers.note(request_id, 0, 0, partitions, when)

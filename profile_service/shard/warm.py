@@ -12,6 +12,7 @@ from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
 from profile_service.shard.row_cache import RowCache
 from profile_service.shard.state import ShardState
+from profile_service.shard.transfer import Departure, Transfer, check, check_room, receive
 from profile_service.storage.snapshot import Block
 from profile_service.wire.decode import decode_events
 from profile_service.wire.plan import WirePlan
@@ -52,6 +53,7 @@ def warm_kernels(schema: Schema) -> None:
         # What is applied meanwhile does a little more.
         state.apply(columns, 0, columns.count, now_ns)
     state.finish_copy()
+    _warm_transfer(state)
     state.forget([b"u0"])
     recovered = ShardState.load(blocks, _small_state)
     for position in (0, 1):
@@ -76,6 +78,16 @@ def warm_stored_kernels(schema: Schema) -> None:
             cache.put(stage.users, rows)
             reader = PackedProfiles(schema, 2)
             reader.profiles(["u0", "u1"], rows, now_ns, (), reader.population([packed]))
+
+
+def _warm_transfer(state: ShardState) -> None:
+    """Takes everything that there is from one state to another."""
+    departure, other = Departure(state, range(256)), _small_state(state.schema)
+    while not departure.is_caught_up:
+        piece = Transfer.FromString(departure.step())
+        rows = check(other, piece)
+        check_room(other, rows)
+        receive(other, piece, rows)
 
 
 def _small_state(schema: Schema) -> ShardState:

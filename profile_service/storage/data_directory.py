@@ -2,8 +2,9 @@
 
     DATA_DIR/
       LOCK          held by the service for as long as it lives; says who that is
-      data.json     the manifest: format, id, partition bits, number of shards, when it was made; never changes
+      data.json     the manifest: format, id, partition bits, number of shards at first, when it was made; never changes
       epoch.json    the highest epoch ever given out (see `EpochFile`)
+      owners.json   the shards there are and who owns which partition, once that has changed; a `Document`
       leases.json   which process of each shard holds its lease; a `Document`, as of the coordinator
       COORDINATOR   held by the coordinator for as long as it lives
       schema.yaml   the schema last served with, for a check before any process starts
@@ -33,17 +34,15 @@ from pathlib import Path
 from typing import Any
 
 from profile_service.errors import DataLoss, StartupError
+from profile_service.storage.document import NEW_SUFFIX, Document, checksum, read_file, write_atomically
 from profile_service.storage.fs import FileSystem, Lock, LockHeld
 
 FORMAT = 1
 """Version of the directory's layout."""
 
 MANIFEST, LOCK, EPOCH, SCHEMA = "data.json", "LOCK", "epoch.json", "schema.yaml"
-LEASES, COORDINATOR_LOCK = "leases.json", "COORDINATOR"
+OWNERS, LEASES, COORDINATOR_LOCK = "owners.json", "leases.json", "COORDINATOR"
 SHARD_PREFIX = "shard-"
-NEW_SUFFIX = ".new"
-"""Of a file that is written and not yet in place."""
-
 IDENTITY_BYTES = 16
 
 SECTOR_BYTES = 512
@@ -143,18 +142,17 @@ class DataDirectory:
         """Whether the last one to have it locked never gave it back: it was killed, or the machine went down."""
 
     @classmethod
-    def open(cls, fs: FileSystem, path: Path, new: Manifest, shards: int | None = None) -> DataDirectory:
+    def open(cls, fs: FileSystem, path: Path, new: Manifest) -> DataDirectory:
         """Locks a directory, and makes it where there is none.
 
         Args:
             fs: where it is.
             path: an absolute path.
             new: what it is made with where there is none.
-            shards: the number of shards that was asked for; None takes the number that the directory has.
 
         Raises:
             LockHeld: another process uses it; says who.
-            StartupError: it is not one of ours, of a later format, or of another number of shards or partitions.
+            StartupError: it is not one of ours, of a later format, or of another number of partitions.
             DataLoss: its manifest is damaged or missing.
             OSError: it cannot be read or written.
         """
@@ -166,7 +164,7 @@ class DataDirectory:
         try:
             if MANIFEST in fs.names(path):
                 manifest = read_manifest(fs, path)
-                _check_same(path, manifest, new, shards)
+                _check_same(path, manifest, new)
                 _check_whole(fs, path, manifest)
             else:
                 manifest = new
@@ -182,6 +180,10 @@ class DataDirectory:
         manifest = read_manifest(fs, path)
         killed = _has_holder(fs, path)
         return cls(fs, path, manifest, fs.lock(path / LOCK, Holder.this_process().encode()), killed=killed)
+
+    def shard_ids(self) -> list[int]:
+        """The shards that there are, ascending. Raises DataLoss."""
+        return shard_ids(self._fs, self.path, self.manifest)
 
     def shard_directory(self, shard_id: int) -> Path:
         """Where a shard's files are."""
@@ -273,6 +275,17 @@ def shard_directory(path: Path, shard_id: int) -> Path:
     return path / f"{SHARD_PREFIX}{shard_id}"
 
 
+def owners_document(fs: FileSystem, path: Path) -> Document:
+    """Who owns what, as the coordinator keeps it; it holds `shards`, the shards that there are."""
+    return Document(fs, path / OWNERS, "put back the one of a backup that is as old as the shards' directories")
+
+
+def shard_ids(fs: FileSystem, path: Path, manifest: Manifest) -> list[int]:
+    """The shards that there are, ascending. Raises DataLoss."""
+    owners = owners_document(fs, path).read()
+    return list(range(manifest.shards)) if owners is None else list(owners["shards"])
+
+
 def read_manifest(fs: FileSystem, path: Path) -> Manifest:
     """What a directory was made with. Raises StartupError where it is none, DataLoss where the manifest is damaged or
     missing."""
@@ -285,35 +298,6 @@ def read_manifest(fs: FileSystem, path: Path) -> Manifest:
             raise _missing(path)
         raise StartupError(f"{path} is no data directory: it has no {MANIFEST}")
     return Manifest.decode(read_file(fs, path / MANIFEST), path / MANIFEST)
-
-
-def read_file(fs: FileSystem, path: Path) -> bytes:
-    """A whole file."""
-    file = fs.open(path)
-    try:
-        return file.read(0, file.size)
-    finally:
-        file.close()
-
-
-def checksum(fields: dict[str, Any]) -> str:
-    """Of a document's fields."""
-    return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def write_atomically(fs: FileSystem, path: Path, content: bytes) -> None:
-    """Puts a file in place, or in place of another, so that a crash leaves one of the two whole."""
-    new = path.with_name(path.name + NEW_SUFFIX)
-    if new.name in fs.names(path.parent):
-        fs.remove(new)
-    file = fs.create(new)
-    try:
-        file.write(0, [content])
-        file.sync()
-    finally:
-        file.close()
-    fs.rename(new, path)
-    fs.sync_directory(path.parent)
 
 
 def _check_ours(fs: FileSystem, path: Path) -> None:
@@ -336,12 +320,7 @@ def _has_holder(fs: FileSystem, path: Path) -> bool:
     return LOCK in fs.names(path) and bool(read_file(fs, path / LOCK))
 
 
-def _check_same(path: Path, manifest: Manifest, new: Manifest, shards: int | None) -> None:
-    if shards is not None and shards != manifest.shards:
-        raise StartupError(
-            f"{path} was made with {_count(manifest.shards, 'shard')}, and --shards {shards} would not find its "
-            f"profiles; leave --shards out, or say --shards {manifest.shards}"
-        )
+def _check_same(path: Path, manifest: Manifest, new: Manifest) -> None:
     if manifest.partition_bits != new.partition_bits:
         raise StartupError(
             f"{path} was made with {1 << manifest.partition_bits} partitions, not {1 << new.partition_bits}"
@@ -350,7 +329,7 @@ def _check_same(path: Path, manifest: Manifest, new: Manifest, shards: int | Non
 
 def _check_whole(fs: FileSystem, path: Path, manifest: Manifest) -> None:
     names = set(fs.names(path))
-    for shard_id in range(manifest.shards):
+    for shard_id in shard_ids(fs, path, manifest):
         directory = shard_directory(path, shard_id)
         if directory.name not in names:
             raise DataLoss(

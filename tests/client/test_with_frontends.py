@@ -47,7 +47,7 @@ class Place:
         return f"127.0.0.1:{self._settings.grpc_port}"
 
     async def start(self) -> None:
-        self.frontend = Frontend(SCHEMA, self._settings, self._cluster.source, system_clock)
+        self.frontend = Frontend(SCHEMA, self._settings, self._cluster.source, system_clock, self._cluster)
         await self.frontend.start()
         self.http_address = self.frontend.http_address
         self._settings = replace(self._settings, grpc_port=int(self.frontend.grpc_address.rpartition(":")[2]))

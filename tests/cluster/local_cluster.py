@@ -11,6 +11,7 @@ from typing import Any, cast
 from sortedcontainers import SortedDict
 
 from profile_service.clock import system_clock
+from profile_service.cluster.changes import Changed
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits, Settings
@@ -137,6 +138,19 @@ class LocalCluster:
         self.publish(
             Topology(topology.epoch + 1, topology.partition_bits, topology.shards, SortedDict(owners)).validated()
         )
+
+    async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
+        """Other owners, by name only: nothing that a shard holds goes with them."""
+        if target_id not in self.shards:
+            return Changed(self.topology.epoch, "target_shard_id", f"there is no shard {target_id}")
+        self.publish(self.topology.with_owner(partitions, target_id))
+        return Changed(self.topology.epoch)
+
+    async def scale(self, shard_count: int) -> Changed:
+        return Changed(self.topology.epoch, reason=f"there cannot be {shard_count} shards just now")
+
+    async def drain_node(self, node: str) -> Changed:
+        return Changed(self.topology.epoch, "node", f"no shard is on node {node!r}")
 
     async def stop(self) -> None:
         for server in self._servers.values():

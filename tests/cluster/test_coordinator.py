@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from profile_service.cluster import coordinator as coordinator_module
 from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
 from profile_service.cluster.leases import Holder, Leases
-from profile_service.cluster.topology import ShardLocation, Topology
+from profile_service.cluster.ownership import Ownership
 from profile_service.shard.lease import Grant, Lease
 from tests.cluster.local_cluster import until
 
@@ -121,6 +122,9 @@ class Ledger:
             raise self.error
         self.held = dict(holders)
 
+    async def ownership(self, ownership: Ownership) -> None:
+        raise AssertionError("nothing moves")
+
     async def epoch(self, epoch: int) -> None:
         if self.error is not None:
             raise self.error
@@ -136,9 +140,10 @@ def make(shards: int = 3) -> tuple[Coordinator, dict[int, Control]]:
 def make_for(
     controls: dict[int, Control], epoch: int = 1, holders: Mapping[int, Holder] | None = None
 ) -> tuple[Coordinator, Ledger]:
-    topology = Topology.even(4, [ShardLocation(number, "") for number in controls], epoch)
     ledger = Ledger(controls)
-    return Coordinator(topology, controls, 0.01, ledger, Leases(LEASE_S, CLOCK, holders or {})), ledger
+    leases = Leases(LEASE_S, CLOCK, holders or {})
+    shards: dict[int, Any] = dict(controls)
+    return Coordinator(Ownership.even(4, len(controls)), 4, epoch, shards, 0.01, ledger, leases), ledger
 
 
 async def test_it_finds_the_shards_and_tells_them_first() -> None:

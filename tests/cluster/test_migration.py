@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from profile_service.clock import system_clock
-from profile_service.cluster import migration
 from profile_service.cluster.migration import Tally, to_directory, to_store
+from profile_service.cluster.ownership import Ownership
 from profile_service.errors import DataLoss, StartupError
 from profile_service.shard.shard import Shard
 from profile_service.storage.data_directory import DataDirectory, Manifest
@@ -50,7 +50,7 @@ async def fill(directory: DataDirectory, given: Sequence[ApplyPart]) -> None:
     directory.write_schema(SCHEMA.text)
     directory.write_epoch(5)
     for shard_id in range(directory.manifest.shards):
-        owned = migration._owned(directory.manifest, shard_id)
+        owned = Ownership.even(directory.manifest.partition_bits, directory.manifest.shards).owned_by(shard_id)
         found = await shards.recovered(
             RealFileSystem(),
             SCHEMA,

@@ -302,6 +302,17 @@ BAD_REQUESTS = [
     BadRequest("unknown feature of all users", "ProfileService/GetPopulation", delimited(1, b"x"), INVALID,
                "features[0]", ("'x'",), "/v1/population?features=x"),
     BadRequest("bytes that are no message", BATCH_GET, b"\x0a\x05ab", INVALID),
+    BadRequest("a move of nothing", "AdminService/MovePartitions", b"", INVALID, "partitions", (),
+               "/v1/partitions:move", b"{}"),
+    BadRequest("a move of what there is not", "AdminService/MovePartitions", b"\x0a\x02\x07\x80", INVALID),
+    BadRequest("a move to nobody", "AdminService/MovePartitions", b"\x08\x01\x10\x63", INVALID, "target_shard_id",
+               ("no shard 99",), "/v1/partitions:move", b'{"partitions":[1],"targetShardId":99}'),
+    BadRequest("a partition too many", "AdminService/MovePartitions", b"\x08\x80\x02", INVALID, "partitions[0]",
+               ("255",), "/v1/partitions:move", b'{"partitions":[256]}'),
+    BadRequest("no shards", "AdminService/ScaleShards", b"", INVALID, "shard_count", ("1 to 256",),
+               "/v1/shards:scale", b"{}"),
+    BadRequest("a node that there is not", "AdminService/DrainNode", delimited(1, b"mars"), INVALID, "node",
+               ("mars",), "/v1/nodes/mars:drain", b"{}"),
 ]  # fmt: skip
 UNIMPLEMENTED = [
     BadRequest("watch", "ProfileService/WatchProfile", delimited(1, b"u"), "UNIMPLEMENTED", None, (),
@@ -310,7 +321,6 @@ UNIMPLEMENTED = [
                "/v1/profiles/u:rankItems", b"{}"),
     BadRequest("merge", "ProfileService/MergeProfiles", b"", "UNIMPLEMENTED", None, (), "/v1/profiles/u:merge", b"{}"),
     BadRequest("delete", "ProfileService/DeleteProfile", delimited(1, b"u"), "UNIMPLEMENTED"),
-    BadRequest("move", "AdminService/MovePartitions", b"", "UNIMPLEMENTED", None, (), "/v1/partitions:move", b"{}"),
 ]  # fmt: skip
 
 

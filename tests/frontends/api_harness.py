@@ -29,7 +29,7 @@ async def api_over_shards(
     async with running(shards, capacity, make_shard) as (cluster, router):
         settings = Settings(limits=limits or Limits(), capacity=cluster.capacity)
         metrics = Metrics()
-        yield Api(router, SCHEMA, settings, metrics, system_clock), cluster, metrics
+        yield Api(router, SCHEMA, settings, metrics, system_clock, cluster), cluster, metrics
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ async def another_api(cluster: LocalCluster) -> AsyncIterator[Api]:
     router = Router(cluster.source, scan, Limits(), cluster.capacity)
     await router.start()
     try:
-        yield Api(router, SCHEMA, Settings(capacity=cluster.capacity), Metrics(), system_clock)
+        yield Api(router, SCHEMA, Settings(capacity=cluster.capacity), Metrics(), system_clock, cluster)
     finally:
         await router.close()
 

@@ -37,7 +37,7 @@ SETTINGS = Settings(grpc_port=0, http_port=0, drain_timeout_s=10.0)
 
 @asynccontextmanager
 async def serving(cluster: LocalCluster, settings: Settings = SETTINGS) -> AsyncIterator[tuple[Frontend, aio.Channel]]:
-    frontend = Frontend(SCHEMA, replace(settings, capacity=cluster.capacity), cluster.source, system_clock)
+    frontend = Frontend(SCHEMA, replace(settings, capacity=cluster.capacity), cluster.source, system_clock, cluster)
     await frontend.start()
     await frontend.wait_until_ready()
     try:
@@ -186,7 +186,7 @@ async def test_a_port_that_is_taken_after_all_is_said_plainly() -> None:
             (replace(SETTINGS, http_port=int(http_port)), "--http-port"),
         ):
             with pytest.raises(StartupError, match=rf"{host}:.*{flag}"):
-                await Frontend(SCHEMA, settings, cluster.source, system_clock).start()
+                await Frontend(SCHEMA, settings, cluster.source, system_clock, cluster).start()
 
 
 async def test_a_deadline_ends_a_call_that_finds_no_owner() -> None:

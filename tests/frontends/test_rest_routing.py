@@ -33,6 +33,8 @@ ROUTES = [
     ("GET", "/v1/status", "AdminService/GetStatus", {}),
     ("POST", "/v1/snapshots", "AdminService/CreateSnapshot", {}),
     ("POST", "/v1/partitions:move", "AdminService/MovePartitions", {}),
+    ("POST", "/v1/shards:scale", "AdminService/ScaleShards", {}),
+    ("POST", "/v1/nodes/n1:drain", "AdminService/DrainNode", {"node": "n1"}),
 ]
 
 IDS = [

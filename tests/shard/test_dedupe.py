@@ -71,7 +71,7 @@ def test_event_ids_count_once_within_the_window(steps: list[tuple[int, int]], ca
     for key, elapsed in steps:
         now += elapsed
         held = {k: t for k, t in held.items() if t >= now - 10}
-        fresh = window.admit(np.array([key], dtype=np.uint64), now)
+        fresh = window.admit(np.array([key], dtype=np.uint64), np.array([key % 4]), now)
         expected = key == 0 or key not in held
         assert (fresh is None or bool(fresh[0])) == expected
         if expected and key:
@@ -82,6 +82,6 @@ def test_event_ids_count_once_within_the_window(steps: list[tuple[int, int]], ca
 
 
 def test_an_id_twice_in_one_batch_counts_once() -> None:
-    fresh = EventIdWindow(10, 10).admit(np.array([5, 5, 0, 0], dtype=np.uint64), 0)
+    fresh = EventIdWindow(10, 10).admit(np.array([5, 5, 0, 0], dtype=np.uint64), np.zeros(4, np.int64), 0)
     assert fresh is not None
     assert fresh.tolist() == [True, False, True, True]

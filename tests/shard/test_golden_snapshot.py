@@ -1,7 +1,8 @@
 """A snapshot of each format that ever was, with every kind of feature and of block, must load for ever.
 
-    snapshot-v1           the first
-    snapshot-v1-rows-v2   rows without the byte behind the registers of a `distinct`
+    snapshot-v1             the first
+    snapshot-v1-rows-v2     rows without the byte behind the registers of a `distinct`
+    snapshot-v1-partitions  says of which partitions event ids are, where that is known
 
 A change of the format, or of what rows look like, gets a directory of its own beside them, and these stay: what
 `python -m tests.shard.test_golden_snapshot DIRECTORY` writes is what the first one holds, as this version would say it.
@@ -32,8 +33,8 @@ from userprofile.v1 import profile_pb2
 
 T = TypeVar("T")
 DIRECTORY = Path(__file__).parents[1] / "storage" / "golden"
-EARLIER = [DIRECTORY / "snapshot-v1"]
-GOLDEN = DIRECTORY / "snapshot-v1-rows-v2"
+EARLIER = [DIRECTORY / "snapshot-v1", DIRECTORY / "snapshot-v1-rows-v2"]
+GOLDEN = DIRECTORY / "snapshot-v1-partitions"
 SNAPSHOT = "0000000001.snapshot"
 PROFILES = "profiles.json"
 IDENTITY = b"golden snapshot."
@@ -88,7 +89,7 @@ def readable(state: ShardState) -> dict[str, Any]:
     return {
         "event_count": state.event_count,
         "duplicate_count": state.duplicate_count,
-        "event_ids": [f"{key:016x}" for key in state.event_ids.copy(*state.event_ids.held)[0].tolist()],
+        "event_ids": [f"{key:016x}" for key in state.event_ids.copy(*state.event_ids.held).keys.tolist()],
         "profiles": {user: _to_dict(state.table.profile(user, READ_NS, population=population)) for user in users},
         "population": _to_dict(population.profile(READ_NS)),
         "acknowledged": {producer: state.producers.acknowledged(producer) for producer in ("p1", "p2")},

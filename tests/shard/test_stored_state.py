@@ -25,7 +25,7 @@ from profile_service.shard.stored_state import StoredState
 from profile_service.storage.redis_store import RedisStore, StoreUrl
 from profile_service.wire.apply_request import ApplyPart
 from tests.redis_process import RedisProcess
-from tests.shard.shards import NOW_NS, Clock
+from tests.shard.shards import NOW_NS, Clock, endless_lease
 from tests.shard.test_shard import SCHEMA, part
 from userprofile.v1 import profile_pb2
 
@@ -96,6 +96,7 @@ async def running(
         capacity=bounds,
         clock=clock,
         health=health,
+        lease=endless_lease(),
     )
     writer = asyncio.create_task(shard.run())
     try:

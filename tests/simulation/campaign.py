@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from tests.simulation.run import run
+from tests.simulation.run import Report, run
+
+Run = Callable[..., Report]
+"""Of a seed; `traced` has it noted what happens."""
 
 RUNS_AT_ONCE = 50
 """What one process is given at a time."""
@@ -39,7 +42,7 @@ class Summary:
         return "\n".join(f"  {count:>{width},}  {what}" for what, count in sorted(self.seen.items()))
 
 
-def run_some(first_seed: int, runs: int, *, until_fault: bool = False) -> Summary:
+def run_some(first_seed: int, runs: int, *, until_fault: bool = False, run: Run = run) -> Summary:
     """Runs of consecutive seeds, in this process."""
     summary = Summary()
     for seed in range(first_seed, first_seed + runs):
@@ -53,10 +56,10 @@ def run_some(first_seed: int, runs: int, *, until_fault: bool = False) -> Summar
     return summary
 
 
-def run_many(first_seed: int, runs: int, *, processes: int, progress: Callable[[str], None]) -> Summary:
+def run_many(first_seed: int, runs: int, *, processes: int, progress: Callable[[str], None], run: Run = run) -> Summary:
     """Runs of consecutive seeds, spread over processes; `progress` hears how it goes every few seconds."""
     summary, began, told = Summary(), time.monotonic(), time.monotonic()
-    for part in _parts(first_seed, runs, processes):
+    for part in _parts(first_seed, runs, processes, run):
         summary.add(part)
         now = time.monotonic()
         if now - told > 5.0 or summary.runs == runs:
@@ -70,19 +73,21 @@ def run_many(first_seed: int, runs: int, *, processes: int, progress: Callable[[
     return summary
 
 
-def _parts(first_seed: int, runs: int, processes: int) -> Iterator[Summary]:
+def _parts(first_seed: int, runs: int, processes: int, run: Run) -> Iterator[Summary]:
     starts = range(first_seed, first_seed + runs, RUNS_AT_ONCE)
     if processes == 1:
         for start in starts:
-            yield run_some(start, min(RUNS_AT_ONCE, first_seed + runs - start))
+            yield run_some(start, min(RUNS_AT_ONCE, first_seed + runs - start), run=run)
         return
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(run_some, start, min(RUNS_AT_ONCE, first_seed + runs - start)) for start in starts]
+        pending = [
+            pool.submit(run_some, start, min(RUNS_AT_ONCE, first_seed + runs - start), run=run) for start in starts
+        ]
         for done in as_completed(pending):
             yield done.result()
 
 
-def explain(seed: int, fault: str) -> str:
+def explain(seed: int, fault: str, run: Run = run) -> str:
     """What happened in a run that failed, and how to have it again."""
     again = run(seed, traced=True)
     lines = again.trace[-TRACE_LINES:]
@@ -93,6 +98,10 @@ def explain(seed: int, fault: str) -> str:
             f"--- seed {seed}: the last {len(lines)} lines of its trace ---",
             *lines,
             fault,
-            f"This run alone: pytest tests/simulation/test_simulation.py --runs 1 --first-seed {seed}",
+            f"This run alone: pytest {_test_of(run)} --runs 1 --first-seed {seed}",
         ]
     )
+
+
+def _test_of(run: Run) -> str:
+    return f"tests/simulation/test_{'simulation' if run.__module__.endswith('.run') else 'coordination'}.py"

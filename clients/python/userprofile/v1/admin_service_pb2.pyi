@@ -494,3 +494,75 @@ class MovePartitionsResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
 
 global___MovePartitionsResponse = MovePartitionsResponse
+
+@typing.final
+class ScaleShardsRequest(google.protobuf.message.Message):
+    """Asks for another number of shards."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARD_COUNT_FIELD_NUMBER: builtins.int
+    shard_count: builtins.int
+    """How many there are to be: 1 to as many as there are partitions."""
+    def __init__(
+        self,
+        *,
+        shard_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["shard_count", b"shard_count"]) -> None: ...
+
+global___ScaleShardsRequest = ScaleShardsRequest
+
+@typing.final
+class ScaleShardsResponse(google.protobuf.message.Message):
+    """There are so many shards."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """The topology's epoch after the last move."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+
+global___ScaleShardsResponse = ScaleShardsResponse
+
+@typing.final
+class DrainNodeRequest(google.protobuf.message.Message):
+    """Asks for a node without shards."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: builtins.int
+    node: builtins.str
+    """The node, as the topology names it."""
+    def __init__(
+        self,
+        *,
+        node: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["node", b"node"]) -> None: ...
+
+global___DrainNodeRequest = DrainNodeRequest
+
+@typing.final
+class DrainNodeResponse(google.protobuf.message.Message):
+    """No shard is there any more."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """The topology's epoch after the last move."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+
+global___DrainNodeResponse = DrainNodeResponse

@@ -60,6 +60,16 @@ class AdminServiceStub(object):
                 request_serializer=userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsRequest.SerializeToString,
                 response_deserializer=userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsResponse.FromString,
                 _registered_method=True)
+        self.ScaleShards = channel.unary_unary(
+                '/userprofile.v1.AdminService/ScaleShards',
+                request_serializer=userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsRequest.SerializeToString,
+                response_deserializer=userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsResponse.FromString,
+                _registered_method=True)
+        self.DrainNode = channel.unary_unary(
+                '/userprofile.v1.AdminService/DrainNode',
+                request_serializer=userprofile_dot_v1_dot_admin__service__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=userprofile_dot_v1_dot_admin__service__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -101,6 +111,20 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleShards(self, request, context):
+        """Has so many shards share the partitions, live.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainNode(self, request, context):
+        """Moves everything away from a node's shards, live: before maintenance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +152,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.MovePartitions,
                     request_deserializer=userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsRequest.FromString,
                     response_serializer=userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsResponse.SerializeToString,
+            ),
+            'ScaleShards': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleShards,
+                    request_deserializer=userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsRequest.FromString,
+                    response_serializer=userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsResponse.SerializeToString,
+            ),
+            'DrainNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainNode,
+                    request_deserializer=userprofile_dot_v1_dot_admin__service__pb2.DrainNodeRequest.FromString,
+                    response_serializer=userprofile_dot_v1_dot_admin__service__pb2.DrainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +300,60 @@ class AdminService(object):
             '/userprofile.v1.AdminService/MovePartitions',
             userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsRequest.SerializeToString,
             userprofile_dot_v1_dot_admin__service__pb2.MovePartitionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleShards(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.v1.AdminService/ScaleShards',
+            userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsRequest.SerializeToString,
+            userprofile_dot_v1_dot_admin__service__pb2.ScaleShardsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.v1.AdminService/DrainNode',
+            userprofile_dot_v1_dot_admin__service__pb2.DrainNodeRequest.SerializeToString,
+            userprofile_dot_v1_dot_admin__service__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

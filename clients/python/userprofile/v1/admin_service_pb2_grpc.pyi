@@ -51,6 +51,18 @@ class AdminServiceStub:
     ]
     """Moves partitions to another shard, live."""
 
+    ScaleShards: grpc.UnaryUnaryMultiCallable[
+        userprofile.v1.admin_service_pb2.ScaleShardsRequest,
+        userprofile.v1.admin_service_pb2.ScaleShardsResponse,
+    ]
+    """Has so many shards share the partitions, live."""
+
+    DrainNode: grpc.UnaryUnaryMultiCallable[
+        userprofile.v1.admin_service_pb2.DrainNodeRequest,
+        userprofile.v1.admin_service_pb2.DrainNodeResponse,
+    ]
+    """Moves everything away from a node's shards, live: before maintenance."""
+
 class AdminServiceAsyncStub:
     """What the service is, where its parts are, and how they do."""
 
@@ -83,6 +95,18 @@ class AdminServiceAsyncStub:
         userprofile.v1.admin_service_pb2.MovePartitionsResponse,
     ]
     """Moves partitions to another shard, live."""
+
+    ScaleShards: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.v1.admin_service_pb2.ScaleShardsRequest,
+        userprofile.v1.admin_service_pb2.ScaleShardsResponse,
+    ]
+    """Has so many shards share the partitions, live."""
+
+    DrainNode: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.v1.admin_service_pb2.DrainNodeRequest,
+        userprofile.v1.admin_service_pb2.DrainNodeResponse,
+    ]
+    """Moves everything away from a node's shards, live: before maintenance."""
 
 class AdminServiceServicer(metaclass=abc.ABCMeta):
     """What the service is, where its parts are, and how they do."""
@@ -126,5 +150,21 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[userprofile.v1.admin_service_pb2.MovePartitionsResponse, collections.abc.Awaitable[userprofile.v1.admin_service_pb2.MovePartitionsResponse]]:
         """Moves partitions to another shard, live."""
+
+    @abc.abstractmethod
+    def ScaleShards(
+        self,
+        request: userprofile.v1.admin_service_pb2.ScaleShardsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.v1.admin_service_pb2.ScaleShardsResponse, collections.abc.Awaitable[userprofile.v1.admin_service_pb2.ScaleShardsResponse]]:
+        """Has so many shards share the partitions, live."""
+
+    @abc.abstractmethod
+    def DrainNode(
+        self,
+        request: userprofile.v1.admin_service_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.v1.admin_service_pb2.DrainNodeResponse, collections.abc.Awaitable[userprofile.v1.admin_service_pb2.DrainNodeResponse]]:
+        """Moves everything away from a node's shards, live: before maintenance."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'userprofile/internal/v1/shard_log.proto\x12\x17userprofile.internal.v1\"4\n\x0cSchemaRecord\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x16\n\x0ereset_features\x18\x02 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'userprofile/internal/v1/shard_log.proto\x12\x17userprofile.internal.v1\"4\n\x0cSchemaRecord\x12\x0c\n\x04yaml\x18\x01 \x01(\t\x12\x16\n\x0ereset_features\x18\x02 \x03(\t\"\x90\x04\n\x08Transfer\x12\x0e\n\x06layout\x18\x01 \x01(\x0c\x12\x12\n\npartitions\x18\x02 \x03(\x05\x12\x11\n\tforgotten\x18\x03 \x03(\x0c\x12\x12\n\nid_lengths\x18\x04 \x01(\x0c\x12\x0b\n\x03ids\x18\x05 \x01(\x0c\x12\x0c\n\x04rows\x18\x06 \x01(\x0c\x12\x14\n\x0ctext_lengths\x18\x07 \x01(\x0c\x12\r\n\x05texts\x18\x08 \x01(\x0c\x12=\n\tproducers\x18\t \x03(\x0b\x32*.userprofile.internal.v1.Transfer.Producer\x12;\n\x08requests\x18\n \x03(\x0b\x32).userprofile.internal.v1.Transfer.Request\x12\x15\n\revent_id_keys\x18\x0b \x01(\x0c\x12\x16\n\x0e\x65vent_id_times\x18\x0c \x01(\x0c\x12\x1b\n\x13\x65vent_id_partitions\x18\r \x01(\x0c\x12\x1a\n\x12schema_fingerprint\x18\x0e \x01(\t\x1aT\n\x08Producer\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61\x63knowledged\x18\x02 \x01(\x03\x12\x0f\n\x07used_ns\x18\x03 \x01(\x03\x12\x0c\n\x04last\x18\x04 \x01(\x0c\x1a?\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07used_ns\x18\x02 \x01(\x03\x12\x0f\n\x07reached\x18\x03 \x03(\x05\"n\n\x08\x41\x64option\x12\x10\n\x08shard_id\x18\x01 \x01(\x05\x12\x12\n\npopulation\x18\x02 \x01(\x0c\x12\x13\n\x0b\x65vent_count\x18\x03 \x01(\x03\x12\x17\n\x0f\x64uplicate_count\x18\x04 \x01(\x03\x12\x0e\n\x06layout\x18\x05 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,4 +33,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCHEMARECORD']._serialized_start=68
   _globals['_SCHEMARECORD']._serialized_end=120
+  _globals['_TRANSFER']._serialized_start=123
+  _globals['_TRANSFER']._serialized_end=651
+  _globals['_TRANSFER_PRODUCER']._serialized_start=502
+  _globals['_TRANSFER_PRODUCER']._serialized_end=586
+  _globals['_TRANSFER_REQUEST']._serialized_start=588
+  _globals['_TRANSFER_REQUEST']._serialized_end=651
+  _globals['_ADOPTION']._serialized_start=653
+  _globals['_ADOPTION']._serialized_end=763
 # @@protoc_insertion_point(module_scope)

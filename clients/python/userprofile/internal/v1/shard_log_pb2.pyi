@@ -38,3 +38,173 @@ class SchemaRecord(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reset_features", b"reset_features", "yaml", b"yaml"]) -> None: ...
 
 global___SchemaRecord = SchemaRecord
+
+@typing.final
+class Transfer(google.protobuf.message.Message):
+    """Some of what a shard holds of partitions that move to another shard: sent to that one, and a record of its log there.
+    Rows replace those of the same users, everything else adds to what is known, so one that comes twice changes nothing.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Producer(google.protobuf.message.Message):
+        """What makes a producer's batches count once."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        PRODUCER_ID_FIELD_NUMBER: builtins.int
+        ACKNOWLEDGED_FIELD_NUMBER: builtins.int
+        USED_NS_FIELD_NUMBER: builtins.int
+        LAST_FIELD_NUMBER: builtins.int
+        producer_id: builtins.str
+        """The producer."""
+        acknowledged: builtins.int
+        """Every batch up to this one is acknowledged everywhere."""
+        used_ns: builtins.int
+        """When it was last heard of, nanoseconds since 1970."""
+        last: builtins.bytes
+        """The last sequence applied, by partition in the order of `partitions`: little-endian 64-bit numbers."""
+        def __init__(
+            self,
+            *,
+            producer_id: builtins.str = ...,
+            acknowledged: builtins.int = ...,
+            used_ns: builtins.int = ...,
+            last: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["acknowledged", b"acknowledged", "last", b"last", "producer_id", b"producer_id", "used_ns", b"used_ns"]) -> None: ...
+
+    @typing.final
+    class Request(google.protobuf.message.Message):
+        """What makes a request count once."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        REQUEST_ID_FIELD_NUMBER: builtins.int
+        USED_NS_FIELD_NUMBER: builtins.int
+        REACHED_FIELD_NUMBER: builtins.int
+        request_id: builtins.str
+        """The request."""
+        used_ns: builtins.int
+        """When it came, nanoseconds since 1970."""
+        @property
+        def reached(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """Those of `partitions` that it has reached."""
+
+        def __init__(
+            self,
+            *,
+            request_id: builtins.str = ...,
+            used_ns: builtins.int = ...,
+            reached: collections.abc.Iterable[builtins.int] | None = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["reached", b"reached", "request_id", b"request_id", "used_ns", b"used_ns"]) -> None: ...
+
+    LAYOUT_FIELD_NUMBER: builtins.int
+    PARTITIONS_FIELD_NUMBER: builtins.int
+    FORGOTTEN_FIELD_NUMBER: builtins.int
+    ID_LENGTHS_FIELD_NUMBER: builtins.int
+    IDS_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
+    TEXT_LENGTHS_FIELD_NUMBER: builtins.int
+    TEXTS_FIELD_NUMBER: builtins.int
+    PRODUCERS_FIELD_NUMBER: builtins.int
+    REQUESTS_FIELD_NUMBER: builtins.int
+    EVENT_ID_KEYS_FIELD_NUMBER: builtins.int
+    EVENT_ID_TIMES_FIELD_NUMBER: builtins.int
+    EVENT_ID_PARTITIONS_FIELD_NUMBER: builtins.int
+    SCHEMA_FINGERPRINT_FIELD_NUMBER: builtins.int
+    layout: builtins.bytes
+    """Where everything is in a row, as a snapshot says it."""
+    id_lengths: builtins.bytes
+    """Lengths of the users' ids: little-endian 32-bit numbers."""
+    ids: builtins.bytes
+    """Their ids, joined."""
+    rows: builtins.bytes
+    """Their rows; a slot that holds a text's number holds 1 + its place among the texts, or 0."""
+    text_lengths: builtins.bytes
+    """Lengths of the texts: little-endian 32-bit numbers."""
+    texts: builtins.bytes
+    """The texts, joined."""
+    event_id_keys: builtins.bytes
+    """Keys of event ids: little-endian 64-bit numbers."""
+    event_id_times: builtins.bytes
+    """When each came, nanoseconds since 1970: little-endian 64-bit numbers."""
+    event_id_partitions: builtins.bytes
+    """Their partitions: little-endian 32-bit numbers; -1 where it is not known."""
+    schema_fingerprint: builtins.str
+    """Of the schema that says what the rows mean."""
+    @property
+    def partitions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The partitions that move."""
+
+    @property
+    def forgotten(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Users who are no more."""
+
+    @property
+    def producers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Transfer.Producer]:
+        """Producers."""
+
+    @property
+    def requests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Transfer.Request]:
+        """Requests."""
+
+    def __init__(
+        self,
+        *,
+        layout: builtins.bytes = ...,
+        partitions: collections.abc.Iterable[builtins.int] | None = ...,
+        forgotten: collections.abc.Iterable[builtins.bytes] | None = ...,
+        id_lengths: builtins.bytes = ...,
+        ids: builtins.bytes = ...,
+        rows: builtins.bytes = ...,
+        text_lengths: builtins.bytes = ...,
+        texts: builtins.bytes = ...,
+        producers: collections.abc.Iterable[global___Transfer.Producer] | None = ...,
+        requests: collections.abc.Iterable[global___Transfer.Request] | None = ...,
+        event_id_keys: builtins.bytes = ...,
+        event_id_times: builtins.bytes = ...,
+        event_id_partitions: builtins.bytes = ...,
+        schema_fingerprint: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["event_id_keys", b"event_id_keys", "event_id_partitions", b"event_id_partitions", "event_id_times", b"event_id_times", "forgotten", b"forgotten", "id_lengths", b"id_lengths", "ids", b"ids", "layout", b"layout", "partitions", b"partitions", "producers", b"producers", "requests", b"requests", "rows", b"rows", "schema_fingerprint", b"schema_fingerprint", "text_lengths", b"text_lengths", "texts", b"texts"]) -> None: ...
+
+global___Transfer = Transfer
+
+@typing.final
+class Adoption(google.protobuf.message.Message):
+    """The sums of a shard that is no more: its events and its part of the population count as those of the shard that has
+    this in its log.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARD_ID_FIELD_NUMBER: builtins.int
+    POPULATION_FIELD_NUMBER: builtins.int
+    EVENT_COUNT_FIELD_NUMBER: builtins.int
+    DUPLICATE_COUNT_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
+    shard_id: builtins.int
+    """The shard that is no more; taken once, however often it comes."""
+    population: builtins.bytes
+    """Its population: an encoded PopulationState."""
+    event_count: builtins.int
+    """Events that it had counted."""
+    duplicate_count: builtins.int
+    """Events that it had refused as duplicates."""
+    layout: builtins.bytes
+    """Where everything is in the population's row, as a snapshot says it."""
+    def __init__(
+        self,
+        *,
+        shard_id: builtins.int = ...,
+        population: builtins.bytes = ...,
+        event_count: builtins.int = ...,
+        duplicate_count: builtins.int = ...,
+        layout: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["duplicate_count", b"duplicate_count", "event_count", b"event_count", "layout", b"layout", "population", b"population", "shard_id", b"shard_id"]) -> None: ...
+
+global___Adoption = Adoption

@@ -488,3 +488,37 @@ class CreateSnapshotResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["log_position", b"log_position"]) -> None: ...
 
 global___CreateSnapshotResponse = CreateSnapshotResponse
+
+@typing.final
+class ReceiveRequest(google.protobuf.message.Message):
+    """A piece of a move."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MOVE_ID_FIELD_NUMBER: builtins.int
+    TRANSFER_FIELD_NUMBER: builtins.int
+    move_id: builtins.str
+    """The move; one that the shard does not expect is refused."""
+    transfer: builtins.bytes
+    """An encoded Transfer."""
+    def __init__(
+        self,
+        *,
+        move_id: builtins.str = ...,
+        transfer: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["move_id", b"move_id", "transfer", b"transfer"]) -> None: ...
+
+global___ReceiveRequest = ReceiveRequest
+
+@typing.final
+class ReceiveResponse(google.protobuf.message.Message):
+    """It is durable."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___ReceiveResponse = ReceiveResponse

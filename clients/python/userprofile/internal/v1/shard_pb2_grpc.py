@@ -56,6 +56,11 @@ class ShardServiceStub(object):
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
                 response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
                 _registered_method=True)
+        self.Receive = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/Receive',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.FromString,
+                _registered_method=True)
         self.CreateSnapshot = channel.unary_unary(
                 '/userprofile.internal.v1.ShardService/CreateSnapshot',
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotRequest.SerializeToString,
@@ -98,6 +103,13 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Receive(self, request, context):
+        """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateSnapshot(self, request, context):
         """Writes a snapshot now, and answers when it is published.
         """
@@ -127,6 +139,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.GetShardStatus,
                     request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.FromString,
                     response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.SerializeToString,
+            ),
+            'Receive': grpc.unary_unary_rpc_method_handler(
+                    servicer.Receive,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.SerializeToString,
             ),
             'CreateSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSnapshot,
@@ -244,6 +261,33 @@ class ShardService(object):
             '/userprofile.internal.v1.ShardService/GetShardStatus',
             userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusRequest.SerializeToString,
             userprofile_dot_internal_dot_v1_dot_shard__pb2.GetShardStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Receive(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/userprofile.internal.v1.ShardService/Receive',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,12 @@ class ShardServiceStub:
     ]
     """How the shard does."""
 
+    Receive: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.ReceiveRequest,
+        userprofile.internal.v1.shard_pb2.ReceiveResponse,
+    ]
+    """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
+
     CreateSnapshot: grpc.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
         userprofile.internal.v1.shard_pb2.CreateSnapshotResponse,
@@ -87,6 +93,12 @@ class ShardServiceAsyncStub:
         userprofile.internal.v1.shard_pb2.GetShardStatusResponse,
     ]
     """How the shard does."""
+
+    Receive: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.ReceiveRequest,
+        userprofile.internal.v1.shard_pb2.ReceiveResponse,
+    ]
+    """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
 
     CreateSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
@@ -133,6 +145,14 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetShardStatusResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetShardStatusResponse]]:
         """How the shard does."""
+
+    @abc.abstractmethod
+    def Receive(
+        self,
+        request: userprofile.internal.v1.shard_pb2.ReceiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.ReceiveResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.ReceiveResponse]]:
+        """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
 
     @abc.abstractmethod
     def CreateSnapshot(

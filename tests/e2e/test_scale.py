@@ -1,0 +1,146 @@
+"""Users move between shards while events and reads go on: callers see no error, and every event is counted once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from profile_client import ProfileClient
+from tests.e2e.known_load import KnownLoad, processes_named, status, until_serving, write_schema
+from tests.e2e.serving import ServeProcess, run
+from userprofile.v1 import admin_service_pb2, admin_service_pb2_grpc
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    directory = tmp_path_factory.mktemp("scale")
+    flags = ("--shards", "2", "--data-dir", str(directory / "data"), "--schema", str(write_schema(directory)))
+    with ServeProcess(*flags, "--snapshot-log-bytes", str(2 << 20), "--segment-bytes", str(1 << 20)) as process:
+        yield process
+        assert process.stop() == 0, process.output
+        assert process.left_over() == []
+        assert "Traceback" not in process.output, process.output
+
+
+def topology(address: str) -> admin_service_pb2.GetTopologyResponse:
+    with grpc.insecure_channel(address) as channel:
+        stub = admin_service_pb2_grpc.AdminServiceStub(channel)
+        return stub.GetTopology(admin_service_pb2.GetTopologyRequest(), timeout=10.0)
+
+
+def owned(address: str) -> dict[int, int]:
+    """By shard: how many partitions it owns."""
+    found = topology(address)
+    counts = {shard.shard_id: 0 for shard in found.shards}
+    for held in found.ranges:
+        counts[held.shard_id] += held.last_partition - held.first_partition + 1
+    return counts
+
+
+def command(service: ServeProcess, *arguments: str) -> None:
+    done = run(*arguments, "--address", service.grpc_address)
+    assert done.returncode == 0, done.stderr
+
+
+class Reader:
+    """Reads a profile after the other, and keeps every error."""
+
+    def __init__(self, address: str, user_of: Callable[[int], str]) -> None:
+        self._address = address
+        self._user_of = user_of
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reader")
+        self.errors: list[BaseException] = []
+        self.count = 0
+        self.longest_s = 0.0
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with ProfileClient(self._address) as client:
+                while not self._stop.is_set():
+                    began = time.monotonic()
+                    client.batch_get_profiles([self._user_of(self.count + n) for n in range(4)])
+                    self.longest_s = max(self.longest_s, time.monotonic() - began)
+                    self.count += 4
+        except BaseException as error:  # noqa: BLE001  It is shown by the test.
+            self.errors.append(error)
+
+
+def test_scaling_under_load_loses_nothing_whoever_dies_and_no_caller_sees_an_error(
+    service: ServeProcess, seed: int
+) -> None:
+    load = KnownLoad(service.grpc_address, seed)
+    load.start()
+    load.wait_for_progress()
+    with Reader(service.grpc_address, load.sources[0].user_of) as reader:
+        for shards, expected in ((4, [64] * 4), (3, [85, 85, 86])):
+            command(service, "scale", "--shards", str(shards))
+            assert sorted(owned(service.grpc_address).values()) == expected
+            load.wait_for_progress()
+            load.check_alive()
+        command(service, "move", "0-9", "77", "--to", "2")
+        load.wait_for_progress()
+    assert not reader.errors
+    assert reader.count > 100
+    # Whoever takes part in a move may die.
+    for victim, shards in (("ShardActor", 2), ("Coordinato", 3)):
+        scaling = threading.Thread(
+            target=run, args=("scale", "--shards", str(shards), "--address", service.grpc_address)
+        )
+        scaling.start()
+        time.sleep(0.7)
+        os.kill(processes_named(service, victim)[0], signal.SIGKILL)
+        scaling.join()
+        until_serving(service.grpc_address)
+        # Asked again, it goes on from where it is.
+        command(service, "scale", "--shards", str(shards))
+        assert len(owned(service.grpc_address)) == shards
+        load.wait_for_progress()
+    load.finish()
+    counted = load.check()
+    found = status(service.grpc_address)
+    assert found.event_count == counted.events
+    with ProfileClient(service.grpc_address) as client:
+        deadline = time.monotonic() + 10.0
+        while client.get_population().event_count != counted.events:
+            assert time.monotonic() < deadline, "the population never has every event"
+            time.sleep(0.1)
+
+
+def test_a_directory_opens_with_another_number_of_shards(tmp_path: Path, seed: int) -> None:
+    flags = ("--data-dir", str(tmp_path / "data"), "--schema", str(write_schema(tmp_path)))
+    load: KnownLoad | None = None
+    for shards in (3, 1, 2):
+        with ServeProcess(*flags, "--shards", str(shards)) as service:
+            if load is None:
+                load = KnownLoad(service.grpc_address, seed)
+                load.start()
+                load.wait_for_progress()
+                load.finish()
+            deadline = time.monotonic() + 60.0
+            while len(owned(service.grpc_address)) != shards:
+                assert time.monotonic() < deadline, service.output
+                time.sleep(0.1)
+            assert status(service.grpc_address).event_count > 0
+            load.address = service.grpc_address
+            load.check()
+            assert service.stop() == 0, service.output
+            assert "Traceback" not in service.output, service.output
+    assert len([path for path in (tmp_path / "data").iterdir() if path.name.startswith("shard-")]) == 2
