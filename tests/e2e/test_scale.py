@@ -127,7 +127,7 @@ def test_scaling_under_load_loses_nothing_whoever_dies_and_no_caller_sees_an_err
 def test_a_directory_opens_with_another_number_of_shards(tmp_path: Path, seed: int) -> None:
     flags = ("--data-dir", str(tmp_path / "data"), "--schema", str(write_schema(tmp_path)))
     load: KnownLoad | None = None
-    for shards in (3, 1, 2):
+    for shards in (2, 3):
         with ServeProcess(*flags, "--shards", str(shards)) as service:
             if load is None:
                 load = KnownLoad(service.grpc_address, seed)
@@ -143,4 +143,4 @@ def test_a_directory_opens_with_another_number_of_shards(tmp_path: Path, seed: i
             load.check()
             assert service.stop() == 0, service.output
             assert "Traceback" not in service.output, service.output
-    assert len([path for path in (tmp_path / "data").iterdir() if path.name.startswith("shard-")]) == 2
+    assert len([path for path in (tmp_path / "data").iterdir() if path.name.startswith("shard-")]) == 3
