@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from profile_service.clock import system_clock
+from profile_service.cluster import migration
 from profile_service.cluster.migration import Tally, to_directory, to_store
 from profile_service.cluster.ownership import Ownership
 from profile_service.errors import DataLoss, StartupError
