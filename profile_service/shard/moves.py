@@ -10,6 +10,9 @@ do meanwhile (who decides is in `cluster.coordinator`).
 What was received counts for nothing before an epoch gives its partitions to this shard: it is neither read nor written,
 and a move that ends otherwise has it cleaned away. A new epoch ends whatever is under way, and so does a restart:
 nothing of it is remembered, and a piece of a move that is not expected is refused. So whoever begins anew begins clean.
+
+What a step of a move answers is an acknowledgement as any other: a process without a lease, which may have been
+replaced, gives none.
 """
 
 from __future__ import annotations
@@ -71,6 +74,9 @@ class Writer(Protocol):
     shard_id: int
     epoch: int
 
+    def check_lease(self) -> None:
+        """Raises Unavailable where the shard may not acknowledge anything just now."""
+
     def owns(self, partitions: Sequence[int]) -> NDArray[np.bool_]:
         """Which of the partitions it owns."""
 
@@ -114,6 +120,7 @@ class _Handover:
 
     async def _freeze(self, partitions: Sequence[int]) -> None:
         """Returns when writes to the partitions have ended."""
+        self._writer.check_lease()
         self.frozen[partitions] = True
         self.is_freezing = True
         await self._writer.between_groups(_nothing)
@@ -173,6 +180,7 @@ class StoredMoves(_Handover):
         if self._leaving is None or self._leaving[0] != move_id:
             raise Unavailable(f"shard {self._writer.shard_id} is not in move {move_id}", RETRY_S)
         await self._freeze(self._leaving[1])
+        self._writer.check_lease()
         return Departed(0, 0)
 
     async def clean(self, partitions: Sequence[int]) -> None:
@@ -259,6 +267,7 @@ class Moves(_Handover):
             arrival.users += receive(self._state, piece, rows)
 
         await self._writer.between_groups(take)
+        self._writer.check_lease()
 
     async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], target: Target) -> Departed:
         """Copies what this shard holds of the partitions to the target; returns when next to nothing is left to copy.
@@ -289,6 +298,7 @@ class Moves(_Handover):
         await self._send(leaving)
         while not leaving.departure.is_caught_up:
             await self._send(leaving)
+        self._writer.check_lease()
         return Departed(leaving.departure.row_count, leaving.sent_bytes)
 
     async def clean(self, partitions: Sequence[int]) -> None:
@@ -339,9 +349,11 @@ class Moves(_Handover):
                 self._state.adopt(adoption)
 
         await self._writer.between_groups(take)
+        self._writer.check_lease()
 
     def sums(self) -> bytes:
         """This shard's sums, for another one to adopt. Raises NotMine while it owns a partition."""
+        self._writer.check_lease()
         if self._writer.owns(range(len(self.frozen))).any():
             raise NotMine(f"shard {self._writer.shard_id} still owns partitions", self._writer.epoch)
         return shard_log_pb2.Adoption(

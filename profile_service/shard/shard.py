@@ -316,6 +316,10 @@ class Shard:
         self._log.append(kind, payload)
         await self._log.sync()
 
+    def check_lease(self) -> None:
+        """Raises Unavailable where the shard may not acknowledge anything just now."""
+        self._lease.check(self.shard_id)
+
     def owns(self, partitions: Sequence[int]) -> NDArray[np.bool_]:
         """Which of the partitions it owns."""
         owned: NDArray[np.bool_] = self._owned[list(partitions)]

@@ -10,6 +10,7 @@ import pytest
 
 from profile_service.errors import Unavailable
 from profile_service.shard.lease import Grant, Lease, lock_identity
+from profile_service.shard.transfer import Departure
 from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.storage.fs import RealFileSystem
 from tests.shard.shards import Gate
@@ -92,6 +93,33 @@ async def test_without_a_lease_writes_are_refused_and_reads_go_on() -> None:
         profile = read(shard, "u1")
         assert profile is not None
         assert profile.event_count == 2
+
+
+async def test_without_a_lease_no_step_of_a_move_is_answered() -> None:
+    clock = BootClock()
+    lease, target = granted(clock), Nowhere()
+    async with running(lease=lease) as source, running(lease=lease, owned=()) as heir:
+        await source.submit([part(["u1"])], 100, 7)
+        await source.moves.depart("m", 7, range(256), target)
+        await heir.moves.expect("m", 7, range(256))
+        sums = heir.moves.sums()
+        clock.now_s += 10
+        for step in (
+            source.moves.finish("m"),
+            heir.receive("m", Departure(source._state, range(256)).step()),  # type: ignore[arg-type]
+            heir.moves.adopt(sums),
+        ):
+            with pytest.raises(Unavailable, match="no lease"):
+                await step
+        with pytest.raises(Unavailable, match="no lease"):
+            heir.moves.sums()
+
+
+class Nowhere:
+    """`moves.Target` that takes everything."""
+
+    async def receive(self, move_id: str, piece: bytes) -> None:
+        pass
 
 
 async def test_what_was_under_way_when_the_process_was_stopped_is_not_acknowledged() -> None:
