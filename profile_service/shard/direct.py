@@ -134,7 +134,10 @@ class _WayToLog:
             events=_valid_events(scanned),
             event_count=accepted,
         )
-        return await self._submit([part], scanned.buffer.size, self._shard().epoch, self._sender)
+        submission = await self._submit([part], scanned.buffer.size, self._shard().epoch, self._sender)
+        # Known before the next batch is submitted.
+        self._sender.refused |= submission.done() and submission.exception() is not None
+        return submission
 
     def fail(self, error: ProfileServiceError) -> None:
         # What the shard has not logged yet it refuses, as everything of a sender after a refusal.
