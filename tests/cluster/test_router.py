@@ -69,6 +69,38 @@ async def test_what_waits_travels_together() -> None:
         assert len(shard.requests) < 20
 
 
+class Remote(FakeShard):
+    """Its rows lie in a store, which is away while `away`; it reads what was brought."""
+
+    is_remote = True
+    away = False
+
+    def __init__(self, shard_id: int, epoch: int, owned: list[int]) -> None:
+        super().__init__(shard_id, epoch, owned)
+        self.brought: set[str] = set()
+
+    async def bring(self, user_ids: Sequence[str] = (), producer_ids: Sequence[str] = ()) -> None:
+        await asyncio.sleep(0)
+        if self.away:
+            raise Unavailable("the store is away", retry_after_s=0.1)
+        self.brought.update(user_ids)
+
+    def read(self, user_ids: Sequence[str], features: Sequence[str], epoch: int | None = None) -> list[bytes]:
+        assert self.brought.issuperset(user_ids)
+        return super().read(user_ids, features, epoch)
+
+
+@pytest.mark.parametrize("count", [1, 1_000])
+async def test_rows_of_a_store_are_brought_before_they_are_read(count: int) -> None:
+    users = [f"u{number}" for number in range(count)]
+    async with running(shards=1, make_shard=Remote) as (cluster, router):
+        cluster.shards[0].away = True
+        with pytest.raises(DeadlineExceeded, match="the store is away"):
+            await router.read(users, [], deadline_s=0.3)
+        cluster.shards[0].away = False
+        assert await router.read(users, []) == [user_id.encode() for user_id in users]
+
+
 async def test_reads_that_wait_travel_together_and_each_gets_its_own() -> None:
     async with running(shards=1, make_shard=FakeShard) as (_, router):
         answers = await asyncio.gather(*(router.read([f"a{n}", f"b{n}"], []) for n in range(300)))
