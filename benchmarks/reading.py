@@ -79,10 +79,19 @@ async def over_http(address: str, paths: Sequence[str], connections: int) -> Asy
 
     async def ask(number: int) -> None:
         async with room:
-            connection = free.pop() if free else None
-            if connection is None or connection.closed:
-                _, connection = await loop.create_connection(_Connection, host, int(port))
-            await connection.ask(requests[number % len(requests)])
+            request = requests[number % len(requests)]
+            while free:
+                connection = free.pop()
+                try:
+                    if not connection.closed:
+                        await connection.ask(request)
+                        free.append(connection)
+                        return
+                except _Closed:
+                    # The server had just closed it, because nothing came.
+                    continue
+            _, connection = await loop.create_connection(_Connection, host, int(port))
+            await connection.ask(request)
             free.append(connection)
 
     try:
@@ -90,6 +99,10 @@ async def over_http(address: str, paths: Sequence[str], connections: int) -> Asy
     finally:
         for connection in free:
             connection.close()
+
+
+class _Closed(BenchmarkError):
+    """The server has closed the connection."""
 
 
 class _Connection(asyncio.Protocol):
@@ -129,7 +142,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         if self._answered is not None and not self._answered.done():
-            self._answered.set_exception(BenchmarkError(f"the connection was closed: {error}"))
+            self._answered.set_exception(_Closed(f"the connection was closed: {error}"))
 
     def close(self) -> None:
         """Ends it."""
