@@ -29,6 +29,7 @@ RUNS: dict[str, list[str]] = {
     "snapshot": ["snapshot"],
     "startup": ["startup"],
     "flood": ["flood"],
+    "stores": ["stores"],
     "soak": ["soak", "--minutes", "30"],
 }
 """By the name of the files, what `profile-service bench` is told."""
@@ -48,7 +49,7 @@ def main() -> None:
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         (RESULTS / f"{name}.json").write_text(done.stdout, encoding="utf-8")
     kept = [path for name in RUNS if (path := RESULTS / f"{name}.json").exists()]
-    print(markdown(row for path in kept for row in json.loads(path.read_text(encoding="utf-8"))["costs"]))
+    print(markdown(row for path in kept for row in json.loads(path.read_text(encoding="utf-8")).get("costs", [])))
 
 
 if __name__ == "__main__":
