@@ -10,6 +10,7 @@ import typer
 from profile_service import __version__
 from profile_service.commands import bench
 from profile_service.commands.demo import demo
+from profile_service.commands.deploy import deploy, undeploy
 from profile_service.commands.get import get
 from profile_service.commands.ingest import ingest
 from profile_service.commands.inspect import inspect
@@ -35,7 +36,21 @@ bench_app = typer.Typer(
 )
 schema_app = typer.Typer(help="What a profile is: the schema file.", no_args_is_help=True)
 
-for command in (serve, demo, ingest, get, status, snapshot, move, scale, drain, inspect, migrate):
+for command in (
+    serve,
+    demo,
+    deploy,
+    undeploy,
+    ingest,
+    get,
+    status,
+    snapshot,
+    move,
+    scale,
+    drain,
+    inspect,
+    migrate,
+):
     app.command()(command)
 for benchmark in (
     bench.ingest,

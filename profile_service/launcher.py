@@ -21,12 +21,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from profile_service.cluster.embedded_ray import EmbeddedRay
+from profile_service.cluster.plan import Node, Plan, Progress
+from profile_service.cluster.ports import bind
 from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import Fixed, Settings
 from profile_service.domain.migrate import compare
 from profile_service.domain.schema import Schema, load_schema, parse_schema
 from profile_service.errors import SchemaError, StartupError
-from profile_service.frontends.ports import bind
 from profile_service.shard.store_opening import open_store
 from profile_service.storage.data_directory import DataDirectory, Holder, Manifest
 from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem
@@ -50,12 +51,14 @@ LEFTOVER_TIMEOUT_S = 30.0
 PORT_PATIENCE_S = 5.0
 """The same for the frontend's ports, after its shards have ended."""
 
+DRAIN_GRACE_S = 10.0
+"""What a drain may take beyond what it waits for."""
+
 POLL_S = 0.1
-SHARD_GRACE_S = 1.0
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
 
 
 class Service:
@@ -70,14 +73,13 @@ class Service:
         """What is given back when the last process has ended."""
         self._ray: EmbeddedRay | None = None
         self._coordinator: Any = None
-        self._frontend: Any = None
         self._drain_timeout_s = 0.0
 
     @classmethod
     def start(
         cls,
         settings: Settings,
-        progress: Progress = lambda _: None,
+        progress: Tell = lambda _: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Service:
         """Starts the service and returns when it is ready, or when it is told to stop before that.
@@ -103,7 +105,7 @@ class Service:
                 settings, first_epoch, followed = asyncio.run(service._open_store(settings, schema, progress, stopped))
             directory = service._open_directory(settings)
             if settings.storage.is_local:
-                _check_schema(directory, schema, settings)
+                check_schema(schema, directory.schema_text(), settings)
                 _wait_for_leftovers(directory, progress, stopped)
             else:
                 directory.write_epoch(first_epoch)
@@ -126,18 +128,11 @@ class Service:
             self._held.close()
 
     def _stop_processes(self) -> None:
-        import ray
-
         try:
-            if self._frontend is not None:
-                self._ask(self._frontend.drain.remote(), self._drain_timeout_s + 5.0, "the frontend")
             if self._coordinator is not None:
-                self._ask(self._coordinator.drain.remote(SHARD_GRACE_S), self._drain_timeout_s, "the shards")
-            for actor in (self._frontend, self._coordinator):
-                if actor is not None:
-                    ray.kill(actor)
+                drain(self._coordinator, self._drain_timeout_s)
         finally:
-            self._frontend = self._coordinator = None
+            self._coordinator = None
             embedded, self._ray = self._ray, None
             if embedded is not None:
                 embedded.stop()
@@ -151,7 +146,7 @@ class Service:
         self.stop()
 
     async def _open_store(
-        self, settings: Settings, schema: Schema, progress: Progress, stopped: Callable[[], bool]
+        self, settings: Settings, schema: Schema, progress: Tell, stopped: Callable[[], bool]
     ) -> tuple[Settings, int, bool]:
         """Takes the store for this service, and makes it ready for the schema. Returns the settings with what is fixed
         in the store, the highest epoch that it knows of, and whether another service had it until a moment ago."""
@@ -206,80 +201,113 @@ class Service:
         schema: Schema,
         settings: Settings,
         directory: DataDirectory,
-        progress: Progress,
+        progress: Tell,
         stopped: Callable[[], bool],
     ) -> None:
         progress("compiling kernels, which takes about a minute the first time, and starting Ray")
         warm = _in_thread(lambda: _warm(schema, is_local=settings.storage.is_local))
-        shards = len(directory.shard_ids())
+        shard_ids = directory.shard_ids()
+        shards = len(shard_ids)
         self._ray = EmbeddedRay(workers=shards + RAY_WORKERS)
         warm.result()
         # These import Ray, which reads its environment then.
         import ray
 
-        from profile_service.cluster.actor import COORDINATOR_NAME, CoordinatorActor, create_actor, create_shards
+        from profile_service.cluster.actor import CoordinatorActor
+        from profile_service.cluster.fleet import create_coordinator, create_frontend, create_shard
         from profile_service.frontends.actor import FrontendActor
 
         progress(f"starting {shards} shard{'s' if shards > 1 else ''} and a frontend")
-        # The coordinator would create the shards, too; so all processes start side by side.
-        create_shards(schema, settings, directory.manifest, directory.shard_ids())
-        self._coordinator = create_actor(CoordinatorActor, COORDINATOR_NAME, schema, settings, directory.manifest)
-        self._frontend = create_actor(FrontendActor, "frontend", schema, settings, self._coordinator)
-        try:
-            if self._wait_until_ready(progress, stopped):
-                _remember_schema(directory, schema)
-                if settings.shards not in (None, shards):
-                    # While it serves: it says in its log how it ends.
-                    self._coordinator.scale.remote(settings.shards)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, StartupError):
-                raise StartupError(error.cause.message) from None
-            raise
-        except ray.exceptions.RayActorError as error:
-            raise StartupError(f"a process of the service cannot start: {error}") from None
+        node = Node(
+            node_id=ray.get_runtime_context().get_node_id(),
+            name=directory.manifest.id,
+            address=settings.host,
+            data_dir=directory.path,
+            cpus=1,
+            share=1,
+            grpc_port=settings.grpc_port,
+            http_port=settings.http_port,
+        )
+        plan = Plan(schema, settings, directory.manifest, FrontendActor, generation="", node=node)
+        # The coordinator would create the others, too; so all processes start side by side.
+        for shard_id in shard_ids:
+            create_shard(plan, shard_id, node)
+        self._coordinator = create_coordinator(CoordinatorActor, plan, node.cpus)
+        create_frontend(plan, node)
+        ready = wait_until_ready(self._coordinator, progress, stopped)
+        if ready is not None:
+            self.grpc_address, self.http_address = ready.nodes[0].grpc_address, ready.nodes[0].http_address
+            if settings.shards not in (None, shards):
+                # While it serves: it says in its log how it ends.
+                self._coordinator.scale.remote(settings.shards)
 
-    def _wait_until_ready(self, progress: Progress, stopped: Callable[[], bool]) -> bool:
-        """Returns whether everything serves; not where it was told to stop before. Raises StartupError where a shard
-        cannot recover, or nothing moves any more."""
-        import ray
 
-        ready = self._frontend.wait_until_ready.remote()
-        asked = self._coordinator.standings.remote()
-        seen: Mapping[int, Standing] = {}
-        deaths: Counter[int] = Counter()
-        moved_at = time.monotonic()
+def drain(coordinator: Any, timeout_s: float) -> None:
+    """Has every process answer what it has accepted, and ends them all, the coordinator last.
+
+    Args:
+        coordinator: the CoordinatorActor.
+        timeout_s: for the frontends, and again for the shards.
+    """
+    import ray
+
+    try:
+        ray.get(coordinator.drain.remote(timeout_s), timeout=2 * timeout_s + DRAIN_GRACE_S)
+    except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
+        logger.warning("the service could not be drained: %s", error)
+    ray.kill(coordinator)
+
+
+def wait_until_ready(coordinator: Any, progress: Tell, stopped: Callable[[], bool]) -> Progress | None:
+    """How it all stands once everything serves as it was asked for; None where it was told to stop before. Raises
+    StartupError where a process cannot start, or nothing moves any more."""
+    import ray
+
+    asked = coordinator.progress.remote()
+    seen: Progress | None = None
+    deaths: Counter[int] = Counter()
+    moved_at = time.monotonic()
+    try:
         while not stopped():
-            time.sleep(POLL_S)
-            done, _ = ray.wait([ready, asked], num_returns=2, timeout=0)
-            if asked in done:
-                standings: Mapping[int, Standing] = ray.get(asked)
-                asked = self._coordinator.standings.remote()
+            answered, _ = ray.wait([asked], timeout=POLL_S)
+            if answered:
+                now: Progress = ray.get(asked)
+                if now.done:
+                    ray.get(coordinator.remember_schema.remote())
+                    return now
+                before = seen.shards if seen is not None else {}
                 deaths.update(
                     shard_id
-                    for shard_id, standing in standings.items()
-                    if standing.state == "away" and shard_id in seen and seen[shard_id].state == "recovering"
+                    for shard_id, standing in now.shards.items()
+                    if standing.state == "away" and shard_id in before and before[shard_id].state == "recovering"
                 )
-                _check_standings(standings, deaths)
-                if standings != seen:
-                    seen, moved_at = standings, time.monotonic()
-                    progress(describe_start(standings))
-            if ready in done and seen and all(standing.reads for standing in seen.values()):
-                self.grpc_address, self.http_address = ray.get(ready)
-                return True
-            if ready in done:
-                # Either it failed, which is said here, or it waits for the shards, as we do.
-                ray.get(ready)
+                _check(now, deaths)
+                if now != seen:
+                    seen, moved_at = now, time.monotonic()
+                    progress(describe(now))
+                time.sleep(POLL_S)
+                asked = coordinator.progress.remote()
             if time.monotonic() - moved_at > STALL_TIMEOUT_S:
-                raise StartupError(f"nothing has moved for {STALL_TIMEOUT_S:g} s: {describe_start(seen)}")
-        return False
+                raise StartupError(f"nothing has moved for {STALL_TIMEOUT_S:g} s: {_all_remarks(seen)}")
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, StartupError):
+            raise StartupError(error.cause.message) from None
+        raise
+    except ray.exceptions.RayActorError as error:
+        raise StartupError(f"a process of the service cannot start: {error}") from None
+    return None
 
-    def _ask(self, answer: Any, timeout_s: float, who: str) -> None:
-        import ray
 
-        try:
-            ray.get(answer, timeout=timeout_s)
-        except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
-            logger.warning("%s could not be drained: %s", who, error)
+def _check(now: Progress, deaths: Mapping[int, int]) -> None:
+    """Raises StartupError where something will not come to serve."""
+    if now.fault:
+        raise StartupError(now.fault)
+    if not now.outdated:
+        # Until then they are those of before, and others are about to take their places.
+        _check_standings(now.shards, deaths)
+    for node in now.nodes:
+        if node.state == "faulty":
+            raise StartupError(node.message if len(now.nodes) == 1 else f"node {node.address}: {node.message}")
 
 
 def _check_standings(standings: Mapping[int, Standing], deaths: Mapping[int, int]) -> None:
@@ -307,29 +335,40 @@ def describe_start(standings: Mapping[int, Standing]) -> str:
     return ", ".join(recovering) or "waiting for the frontend"
 
 
-def _check_schema(directory: DataDirectory, schema: Schema, settings: Settings) -> None:
-    """Refuses a schema that the directory's profiles cannot be carried over to. The shards would, too, each by what its
-    own log says; here it is said before anything starts."""
-    text = directory.schema_text()
+def describe(now: Progress) -> str:
+    """How far a start or an update is, in a few words."""
+    said = describe_start(now.shards)
+    if now.outdated:
+        said = f"{now.outdated} {'process is' if now.outdated == 1 else 'processes are'} still to be replaced; {said}"
+    return said
+
+
+def _all_remarks(now: Progress | None) -> str:
+    if now is None:
+        return "the coordinator does not answer"
+    shards = [f"shard {shard_id}: {s.message}" for shard_id, s in sorted(now.shards.items()) if s.message]
+    nodes = [f"node {node.address or node.name}: {node.message}" for node in now.nodes if node.message]
+    return "; ".join([describe(now), *shards, *nodes])
+
+
+def check_schema(schema: Schema, served: str | None, settings: Settings) -> None:
+    """Refuses a schema that stored profiles cannot be carried over to. The shards would, too, each by what its own log
+    says; here it is said before anything starts.
+
+    Args:
+        schema: what is to be served.
+        served: the schema last served with, as text; None before the first time.
+        settings: name the features that may start empty.
+    """
     try:
-        before = schema if text is None else parse_schema(text, f"the schema of {directory.path}")
+        before = schema if served is None else parse_schema(served, "the schema last served with")
     except SchemaError:
         # Another version of the service wrote it. Its shards will know.
         return
     compare(before, schema, settings.storage.reset_features).raise_faults()
 
 
-def _remember_schema(directory: DataDirectory, schema: Schema) -> None:
-    if directory.schema_text() == schema.text:
-        return
-    try:
-        directory.write_schema(schema.text)
-    except DiskFull as error:
-        # It only makes the next start say earlier what the shards would say then.
-        logger.warning("the schema cannot be written to %s: %s", directory.path, error)
-
-
-def _wait_for_leftovers(directory: DataDirectory, progress: Progress, stopped: Callable[[], bool]) -> None:
+def _wait_for_leftovers(directory: DataDirectory, progress: Tell, stopped: Callable[[], bool]) -> None:
     """Processes of a service that was killed a moment ago end by themselves; each holds its shard until it has."""
     give_up_at = time.monotonic() + LEFTOVER_TIMEOUT_S
     for shard_id in directory.shard_ids():

@@ -1,8 +1,7 @@
-"""The coordinator as a Ray actor: creates the shards' actors or finds those that its predecessor left, and lends them
-to `Coordinator`.
+"""The coordinator as a Ray actor: lends the shards' actors, which the `Fleet` creates or finds, to `Coordinator`.
 
 The actors are detached from whoever creates them: a coordinator that dies takes no shard with it. In `serve` they end
-with the embedded Ray, and so with the process that started it.
+with the embedded Ray, and so with the process that started it; after `deploy` they end with `undeploy`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,32 +21,28 @@ from ray.actor import ActorHandle
 
 from profile_service.clock import boot_clock
 from profile_service.cluster.changes import Changed
-from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
+from profile_service.cluster.coordinator import Coordinator, ShardDead, reason_of
+from profile_service.cluster.fleet import Fleet
 from profile_service.cluster.leases import Leases
 from profile_service.cluster.memory import CoordinatorMemory
 from profile_service.cluster.mover import Mover, Undecided
-from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.plan import NodeStanding, Plan, Progress
+from profile_service.cluster.survey import expand
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
-from profile_service.domain.schema import Schema
 from profile_service.errors import InvalidArgument, ProfileServiceError
-from profile_service.shard.actor import ShardActor, ShardDescription
+from profile_service.shard.actor import ShardDescription
 from profile_service.shard.lease import Grant
 from profile_service.shard.moves import Departed
 from profile_service.shard.store_opening import open_store
-from profile_service.storage.data_directory import Manifest, shard_directory
+from profile_service.storage.data_directory import Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
 
 if TYPE_CHECKING:
     from profile_service.storage.redis_store import RedisStore
 
-NAMESPACE = "profile-service"
-COORDINATOR_NAME = "coordinator"
-
-ACTOR_CPUS = 0.001
-"""Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing."""
-
 LOCK_RETRY_S = 0.1
+FIND_RETRY_S = 1.0
 
 FAILED_EXIT_STATUS = 70
 """EX_SOFTWARE: it does not know what is durable."""
@@ -56,74 +50,33 @@ FAILED_EXIT_STATUS = 70
 logger = logging.getLogger(__name__)
 
 
-def create_actor(actor_class: type, name: str, *arguments: object) -> ActorHandle[Any]:
-    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for
-    ever."""
-    remote_class: Any = ray.remote(actor_class)
-    handle: ActorHandle[Any] = remote_class.options(
-        name=name,
-        namespace=NAMESPACE,
-        get_if_exists=True,
-        lifetime="detached",
-        num_cpus=ACTOR_CPUS,
-        max_restarts=-1,
-    ).remote(*arguments)
-    return handle
-
-
-def create_shards(
-    schema: Schema, settings: Settings, manifest: Manifest, shard_ids: Iterable[int]
-) -> dict[int, ActorHandle[Any]]:
-    """The actors of these shards, by shard id: created, or found where there are some."""
-    assert settings.storage.data_dir is not None, "the launcher has chosen one"
-    return {
-        shard_id: create_actor(
-            ShardActor,
-            f"shard-{shard_id}",
-            shard_id,
-            schema.text,
-            settings,
-            # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
-            0,
-            (),
-            manifest.identity(shard_id),
-            shard_directory(settings.storage.data_dir, shard_id),
-        )
-        for shard_id in shard_ids
-    }
-
-
 class CoordinatorActor:
     """The coordinator's process."""
 
-    async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.
-        self, schema: Schema, settings: Settings, manifest: Manifest
-    ) -> None:
+    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Ray awaits it, in the methods' loop.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s coordinator %(levelname)s %(message)s")
+        self._plan = plan
+        settings, manifest = plan.settings, plan.manifest
         assert settings.storage.data_dir is not None, "the launcher has chosen one"
+        here = expand(settings.storage.data_dir) if plan.node is None else plan.node.data_dir
         store = None if settings.storage.is_local else open_store(settings)
-        self._memory = memory = await _own_memory(settings.storage.data_dir, store)
+        self._memory = memory = await _own_memory(here, store)
         leases = Leases(settings.lease_s, boot_clock, memory.last_holders())
-        ownership = memory.last_ownership(manifest)
-        self._factory = _RayShards(schema, settings, manifest)
-        await self._factory.remove_retired(ownership)
+        self._ownership = ownership = memory.last_ownership(manifest)
+        self._fleet = Fleet(plan, memory, ownership.shard_ids)
+        self._factory = _RayShards(self._fleet)
         self._coordinator = Coordinator(
             ownership,
             manifest.partition_bits,
             max(1, memory.last_epoch()),
-            {shard_id: self._factory.create(shard_id) for shard_id in ownership.shard_ids},
+            {shard_id: _RayShard(self._fleet, shard_id) for shard_id in ownership.shard_ids},
             settings.population_interval_s,
             memory,
             leases,
         )
         self._mover = Mover(self._coordinator, self._factory)
-        self._started = asyncio.create_task(self._coordinator.start())
-        self._resumed = asyncio.create_task(self._resume())
-
-    async def _resume(self) -> None:
-        """Brings to its end what the coordinator before has begun."""
-        await asyncio.shield(self._started)
-        await self._change("what was begun before", self._mover.resume)
+        self._started = asyncio.create_task(self._start())
+        self._kept = asyncio.create_task(self._keep())
 
     async def topology(self) -> Topology:
         """Who owns what, once the shards have been looked for. Where that is just changing, what comes of it."""
@@ -172,26 +125,73 @@ class CoordinatorActor:
             )
         return Changed(epoch or self._coordinator.topology.epoch)
 
-    async def standings(self) -> dict[int, Standing]:
-        """How each shard stands."""
-        return self._coordinator.standings
+    async def progress(self) -> Progress:
+        """How far the start is, or the update. Raises StartupError where it cannot be begun."""
+        if self._started.done():
+            self._started.result()
+        fleet = self._fleet
+        nodes = tuple(fleet.standings())
+        return Progress(self._coordinator.standings, nodes, fleet.outdated, fleet.update_fault)
 
-    async def drain(self, grace_s: float) -> None:
-        """Has every shard answer what it has accepted, and ends it."""
-        self._started.cancel()
-        self._resumed.cancel()
+    async def nodes(self) -> list[NodeStanding]:
+        """The nodes, and what is on each."""
+        return self._fleet.standings()
+
+    async def deployed(self) -> tuple[Manifest, Settings, str]:
+        """What the service runs with: what it was made with, its settings as they were given, the schema's text."""
+        return self._plan.manifest, self._plan.settings, self._plan.schema.text
+
+    async def remember_schema(self) -> None:
+        """Has the next start of the service know the schema before any process starts."""
+        try:
+            await self._memory.schema(self._plan.schema.text)
+        except OSError as error:
+            # It only makes the next start say earlier what the shards would say then.
+            logger.warning("the schema cannot be written: %s", error)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Has every process answer what it has accepted, and ends it; frontends before shards."""
+        for task in (self._started, self._kept):
+            task.cancel()
+        await asyncio.gather(self._started, self._kept, return_exceptions=True)
+        # Shards acknowledge only while they have a lease: they are looked at until the frontends have ended.
+        await self._fleet.drain_frontends(timeout_s)
         await self._coordinator.close()
-        handles = self._factory.handles
-        drained = (handle.drain.remote(grace_s) for handle in handles.values())
-        for answer in await asyncio.gather(*drained, return_exceptions=True):
-            if isinstance(answer, BaseException):
-                logger.warning("a shard could not be drained: %s", answer)
-        for handle in handles.values():
-            ray.kill(handle)
+        await self._fleet.drain_shards(timeout_s)
         with contextlib.suppress(OSError):
             # Nobody holds a lease any more: whoever starts the service again, wherever, has none to wait for.
             await self._memory.holders({})
         self._memory.release()
+
+    async def _start(self) -> None:
+        while True:
+            try:
+                await self._find()
+                break
+            except Exception as error:  # noqa: BLE001  # Ray, a node, a disk: whatever it is may pass.
+                logger.warning("the service's processes cannot be looked for yet: %s", reason_of(error))
+            await asyncio.sleep(FIND_RETRY_S)
+        await self._coordinator.start()
+
+    async def _find(self) -> None:
+        await self._fleet.adopt()
+        # What a coordinator before had no time to: shards that are in no topology any more.
+        for shard_id in range(self._ownership.next_shard_id):
+            if shard_id not in self._ownership.shard_ids:
+                await self._fleet.remove(shard_id)
+
+    async def _keep(self) -> None:
+        """Follows the nodes, brings every process to this deployment, and to its end what was begun before."""
+        await asyncio.shield(self._started)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._fleet.follow())
+                tasks.create_task(self._fleet.update())
+                tasks.create_task(self._change("what was begun before", self._mover.resume))
+        except Exception as error:  # Ray starts the next one, which begins anew.
+            logger.critical("the coordinator ends", exc_info=error)
+            logging.shutdown()
+            os._exit(FAILED_EXIT_STATUS)
 
 
 async def _own_memory(data_dir: Path, store: RedisStore | None) -> CoordinatorMemory:
@@ -205,48 +205,35 @@ async def _own_memory(data_dir: Path, store: RedisStore | None) -> CoordinatorMe
 
 
 class _RayShards:
-    """`ShardFactory` by actors."""
+    """`ShardFactory` by the fleet."""
 
-    def __init__(self, schema: Schema, settings: Settings, manifest: Manifest) -> None:
-        self._schema = schema
-        self._settings = settings
-        self._manifest = manifest
-        self.handles: dict[int, ActorHandle[Any]] = {}
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
 
     def create(self, shard_id: int) -> _RayShard:
-        self.handles |= create_shards(self._schema, self._settings, self._manifest, [shard_id])
-        return _RayShard(self.handles[shard_id])
-
-    async def remove_retired(self, ownership: Ownership) -> None:
-        """Ends and removes what a coordinator before had no time to: shards that are in no topology any more."""
-        assert self._settings.storage.data_dir is not None, "the launcher has chosen one"
-        for shard_id in range(ownership.next_shard_id):
-            if shard_id not in ownership.shard_ids:
-                with contextlib.suppress(ValueError):  # There is no such actor.
-                    self.handles[shard_id] = ray.get_actor(f"shard-{shard_id}", NAMESPACE)
-                if shard_id in self.handles or shard_directory(self._settings.storage.data_dir, shard_id).exists():
-                    await self.remove(shard_id)
+        self._fleet.add(shard_id)
+        return _RayShard(self._fleet, shard_id)
 
     async def remove(self, shard_id: int) -> None:
-        assert self._settings.storage.data_dir is not None, "the launcher has chosen one"
-        if (handle := self.handles.pop(shard_id, None)) is not None:
-            ray.kill(handle)
-        directory = shard_directory(self._settings.storage.data_dir, shard_id)
-        # Nothing of it is used any more, and its number is never given again.
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        await self._fleet.remove(shard_id)
 
 
 class _RayShard:
-    """`ShardControl` by calls to a shard's actor."""
+    """`ShardControl` by calls to a shard's actor, whichever that is just now."""
 
-    def __init__(self, handle: ActorHandle[ShardActor]) -> None:
-        self._handle = handle
+    def __init__(self, fleet: Fleet, shard_id: int) -> None:
+        self._fleet = fleet
+        self._shard_id = shard_id
+
+    @property
+    def _handle(self) -> ActorHandle[Any]:
+        return self._fleet.shard(self._shard_id)
 
     async def describe(self, grant: Grant | None) -> ShardDescription:
         try:
             description: ShardDescription = await self._handle.describe.remote(grant)
         except ray.exceptions.ActorDiedError as error:
-            # Ray restarts a process for ever; this is what remains when its constructor raises.
+            # Ray restarts a process for ever; this is what remains when its constructor raises, or its node has left.
             raise ShardDead(str(error)) from None
         return description
 

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from profile_service.cluster.plan import NodeStanding
 from profile_service.errors import InvalidArgument, Unavailable
 
 
 class Changes(Protocol):
-    """Changes of owners. Each call returns when everything is done, however long that takes."""
+    """What runs where, and changes of owners. Those return when everything is done, however long that takes."""
+
+    async def nodes(self) -> Sequence[NodeStanding]:
+        """The nodes, and what is on each."""
 
     async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
         """Gives the partitions to a shard."""

@@ -3,6 +3,8 @@
     epoch.json     the highest epoch ever given out
     leases.json    {"holders": {"0": ["incarnation", "identity of the directory's lock"], …}}
     owners.json    an `Ownership`; before there is one partitions are spread evenly over the shards of `data.json`
+    places.json    {"homes": {"0": "name of the node", …}}, where the service is on several machines
+    schema.yaml    the schema that is served with
 
 A coordinator has the lock COORDINATOR for as long as it lives: two never write here.
 """
@@ -16,7 +18,15 @@ from typing import TYPE_CHECKING
 
 from profile_service.cluster.leases import Holder
 from profile_service.cluster.ownership import Ownership
-from profile_service.storage.data_directory import COORDINATOR_LOCK, LEASES, EpochFile, Manifest, owners_document
+from profile_service.storage.data_directory import (
+    COORDINATOR_LOCK,
+    LEASES,
+    PLACES,
+    EpochFile,
+    Manifest,
+    owners_document,
+    write_schema,
+)
 from profile_service.storage.data_directory import Holder as LockHolder
 from profile_service.storage.document import Document
 from profile_service.storage.fs import FileSystem
@@ -41,8 +51,11 @@ class CoordinatorMemory:
         self._directory = directory
         self._store = store
         self._lock = fs.lock(directory / COORDINATOR_LOCK, LockHolder.this_process().encode())
+        self._fs = fs
+        self._directory = directory
         self._epochs = EpochFile(fs, directory)
         self._owners = owners_document(fs, directory)
+        self._places = Document(fs, directory / PLACES, "put back the one of a backup that knows of every shard")
         self._leases = Document(
             fs, directory / LEASES, "remove it while nothing runs that was part of this service, on any machine"
         )
@@ -61,6 +74,21 @@ class CoordinatorMemory:
         OSError."""
         self._owners.make_durable()
         return stored_ownership(self._fs, self._directory, manifest)
+
+    def last_homes(self) -> dict[int, str]:
+        """By shard: the name of the node where its directory is. Raises DataLoss."""
+        fields = self._places.read() or {"homes": {}}
+        return {int(shard_id): name for shard_id, name in fields["homes"].items()}
+
+    async def homes(self, homes: Mapping[int, str]) -> None:
+        """The shards' directories are on these nodes. Returns when that is durable, or raises OSError."""
+        encoded = {str(shard_id): name for shard_id, name in sorted(homes.items())}
+        await asyncio.to_thread(self._places.write, {"homes": encoded})
+
+    async def schema(self, text: str) -> None:
+        """The service runs with this schema; it lets a start say earlier what the shards would say then. Raises
+        OSError."""
+        await asyncio.to_thread(write_schema, self._fs, self._directory, text)
 
     async def epoch(self, epoch: int) -> None:
         """As Memory.epoch."""

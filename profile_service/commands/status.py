@@ -70,7 +70,7 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
     ):
         facts.add_row(name, plain(value))
     # One table would not fit into 80 columns.
-    tables: list[RenderableType] = [_processes(answer), "", _counted(answer)]
+    tables: list[RenderableType] = [_nodes(answer), "", _processes(answer), "", _counted(answer)]
     if answer.store in ("", "local"):
         tables += ["", _stored(answer)]
     return Group(facts, "", *tables, *_remarks(answer))
@@ -82,6 +82,20 @@ def _where(answer: admin_service_pb2.GetStatusResponse) -> list[tuple[str, str]]
         kept = _SYNC_MODES.get(answer.sync_mode, answer.sync_mode)
         return [("bytes a user", f"{answer.bytes_per_user:,.0f}"), ("data directory", answer.data_dir), ("log", kept)]
     return [("store", answer.store), ("kept", _STORE_SYNC_MODES.get(answer.sync_mode, answer.sync_mode))]
+
+
+def _nodes(answer: admin_service_pb2.GetStatusResponse) -> Table:
+    """What is where."""
+    table = _table(("node", "state", "shards", "gRPC", "REST"), ())
+    for node in answer.nodes:
+        table.add_row(
+            plain(node.address or node.name),
+            plain(node.state),
+            " ".join(map(str, node.shard_ids)) or "none",
+            plain(node.grpc_address),
+            plain(node.http_address),
+        )
+    return table
 
 
 def _processes(answer: admin_service_pb2.GetStatusResponse) -> Table:
@@ -133,7 +147,9 @@ def _remarks(answer: admin_service_pb2.GetStatusResponse) -> list[RenderableType
     """What the shards have to say."""
     from rich.text import Text
 
-    said = [Text(f"shard {shard.shard_id}: {plain(shard.message)}") for shard in answer.shards if shard.message]
+    nodes = [(node.address or node.name, node.message) for node in answer.nodes]
+    said = [Text(f"node {plain(name)}: {plain(message)}") for name, message in nodes if message]
+    said += [Text(f"shard {shard.shard_id}: {plain(shard.message)}") for shard in answer.shards if shard.message]
     return ["", *said] if said else []
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
-from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 
 from profile_service.allocator import keep_freed_memory, spare_what_stays
 from profile_service.clock import system_clock
+from profile_service.cluster.calls import CoordinatorCalls
 from profile_service.cluster.changes import Changed
+from profile_service.cluster.plan import FrontendDescription, NodeStanding
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
-from profile_service.errors import Unavailable
+from profile_service.errors import StartupError, Unavailable
 from profile_service.frontends.server import Frontend
 from profile_service.shard.warm import warm_stored_kernels
 from profile_service.wire.warm import warm_scanning
@@ -27,6 +28,11 @@ FAILED_EXIT_STATUS = 70
 
 RESTART_PAUSE_S = 1.0
 
+PORT_PATIENCE_S = 5.0
+"""How long the process before this one may take to let go of the ports."""
+
+PORT_RETRY_S = 0.1
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,18 +41,17 @@ class FrontendActor:
 
     Args:
         settings: with ports that are not 0, so that a restarted frontend is found where it was.
-        coordinator: the CoordinatorActor.
     """
 
-    async def __init__(  # type: ignore[misc]  # Ray awaits it, in the loop that runs the methods.
-        self, schema: Schema, settings: Settings, coordinator: ActorHandle[Any]
-    ) -> None:
+    async def __init__(self, schema: Schema, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
 
         keep_freed_memory()
 
+        coordinator = CoordinatorCalls()
+
         async def topology() -> Topology:
-            current: Topology = await coordinator.topology.remote()
+            current: Topology = await coordinator.call("topology")
             return current
 
         self._schema = schema
@@ -54,16 +59,17 @@ class FrontendActor:
         self._frontend = Frontend(schema, settings, topology, system_clock, _RayChanges(coordinator))
         self._started = asyncio.create_task(self._start())
 
-    async def wait_until_ready(self) -> tuple[str, str]:
-        """(gRPC address, HTTP address) once every shard is connected. Raises StartupError."""
-        await asyncio.shield(self._started)
-        await self._frontend.wait_until_ready()
-        return self._frontend.grpc_address, self._frontend.http_address
+    async def describe(self) -> FrontendDescription:
+        """Where it listens, and whether it can be used."""
+        frontend = self._frontend
+        if self._started.done() and (error := self._started.exception()) is not None:
+            return FrontendDescription(fault=str(error))
+        return FrontendDescription(frontend.grpc_address, frontend.http_address, frontend.healthy)
 
     async def _start(self) -> None:
         # Loading the compiled kernels takes a moment, which the first batch shall not wait for.
         try:
-            await asyncio.gather(self._frontend.start(), asyncio.to_thread(self._warm))
+            await asyncio.gather(self._listen(), asyncio.to_thread(self._warm))
             spare_what_stays()
         except Exception:
             if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -78,6 +84,19 @@ class FrontendActor:
         if not self._is_local:
             warm_stored_kernels(self._schema)
 
+    async def _listen(self) -> None:
+        """Starts the frontend, once the process that it replaces has let go of the ports."""
+        give_up_at = time.monotonic() + PORT_PATIENCE_S
+        while True:
+            try:
+                await self._frontend.start()
+            except StartupError:
+                if time.monotonic() > give_up_at:
+                    raise
+                await asyncio.sleep(PORT_RETRY_S)
+            else:
+                return
+
     async def drain(self) -> None:
         """Answers everything accepted, then serves no more. One that never served has nothing to answer."""
         if self._started.done() and self._started.exception() is None:
@@ -87,22 +106,25 @@ class FrontendActor:
 class _RayChanges:
     """`Changes` by calls to the coordinator's actor."""
 
-    def __init__(self, coordinator: ActorHandle[Any]) -> None:
+    def __init__(self, coordinator: CoordinatorCalls) -> None:
         self._coordinator = coordinator
 
+    async def nodes(self) -> Sequence[NodeStanding]:
+        standings: list[NodeStanding] = await self._coordinator.call("nodes")
+        return standings
+
     async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
-        return await _answer(self._coordinator.move.remote(partitions, target_id))
+        return await self._ask("move", partitions, target_id)
 
     async def scale(self, shard_count: int) -> Changed:
-        return await _answer(self._coordinator.scale.remote(shard_count))
+        return await self._ask("scale", shard_count)
 
     async def drain_node(self, node: str) -> Changed:
-        return await _answer(self._coordinator.drain_node.remote(node))
+        return await self._ask("drain_node", node)
 
-
-async def _answer(asked: Any) -> Changed:
-    try:
-        changed: Changed = await asked
-    except ray.exceptions.RayActorError as error:
-        raise Unavailable(f"the coordinator was lost meanwhile, ask again: {error}", retry_after_s=1.0) from None
-    return changed
+    async def _ask(self, method: str, *arguments: object) -> Changed:
+        try:
+            changed: Changed = await self._coordinator.call(method, *arguments)
+        except (ray.exceptions.RayActorError, ValueError) as error:
+            raise Unavailable(f"the coordinator was lost meanwhile, ask again: {error}", retry_after_s=1.0) from None
+        return changed

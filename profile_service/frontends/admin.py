@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Sequence
 
 from profile_service import __version__
 from profile_service.clock import Clock
 from profile_service.cluster.changes import Changed, Changes
+from profile_service.cluster.coordinator import reason_of
+from profile_service.cluster.plan import NodeStanding
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation
 from profile_service.config import Settings
@@ -27,15 +30,26 @@ RETURN_INTERVAL_S = 0.1
 
 READING_STATES = ("serving", "full", "stalled")
 
+NODES_TIMEOUT_S = 2.0
+"""While the coordinator is away, the nodes are shown as they were."""
+
 ShardStatus = admin_service_pb2.GetStatusResponse.ShardStatus
+NodeStatus = admin_service_pb2.GetStatusResponse.NodeStatus
+
+logger = logging.getLogger(__name__)
 
 
 class Admin:
-    """Answers questions about the service."""
+    """Answers questions about the service.
+
+    Args:
+        changes: what is asked of the coordinator.
+    """
 
     def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock, changes: Changes) -> None:
         self._router = router
         self._changes = changes
+        self._last_nodes: list[NodeStatus] = []
         self._schema = schema
         self._settings = settings
         self._start_ns = clock()
@@ -63,7 +77,7 @@ class Admin:
     async def get_status(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded GetStatusResponse: asks every shard."""
         parse(admin_service_pb2.GetStatusRequest, request)
-        answers = await self._router.status()
+        answers, nodes = await asyncio.gather(self._router.status(), self._node_statuses())
         self.last_shards = [_shard_status(location, status) for location, status in answers]
         response = admin_service_pb2.GetStatusResponse(
             version=__version__,
@@ -73,6 +87,7 @@ class Admin:
             event_count=sum(shard.event_count for shard in self.last_shards),
             epoch=self._router.topology.epoch,
             shards=self.last_shards,
+            nodes=nodes,
             sync_mode=self._sync_mode(answers),
             dedupe_window_seconds=self._settings.capacity.event_id_window_s,
             dedupe_capacity=self._settings.capacity.event_ids_per_shard,
@@ -128,6 +143,16 @@ class Admin:
         await self._router.refresh()
         return epoch
 
+    async def _node_statuses(self) -> list[NodeStatus]:
+        try:
+            async with asyncio.timeout(NODES_TIMEOUT_S):
+                standings = await self._changes.nodes()
+        except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, there is no answer just now.
+            logger.info("the coordinator does not say what runs where: %s", reason_of(error))
+        else:
+            self._last_nodes = [_node_status(standing) for standing in standings]
+        return self._last_nodes
+
     @property
     def shards_read(self) -> bool:
         """Whether every shard answered reads when it was last asked."""
@@ -170,6 +195,20 @@ def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusRespo
     if status.snapshot_time_ns:
         answer.snapshot_time.FromNanoseconds(status.snapshot_time_ns)
     return answer
+
+
+def _node_status(standing: NodeStanding) -> NodeStatus:
+    return NodeStatus(
+        name=standing.name,
+        node=standing.node_id,
+        address=standing.address,
+        state=standing.state,
+        shard_ids=standing.shard_ids,
+        grpc_address=standing.grpc_address,
+        http_address=standing.http_address,
+        data_dir=standing.data_dir,
+        message=standing.message,
+    )
 
 
 def _describe(schema: Schema) -> admin_service_pb2.GetSchemaResponse:

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from profile_service.clock import Clock
 from profile_service.cluster.changes import Changes
+from profile_service.cluster.ports import bind, port_fault
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import Topology
 from profile_service.config import STREAM_LOOKAHEAD_BYTES, Settings
@@ -28,7 +29,6 @@ from profile_service.domain.schema import Schema
 from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallContext
 from profile_service.frontends.metrics import Metrics
-from profile_service.frontends.ports import bind, port_fault
 from profile_service.frontends.rest.app import build_app
 from profile_service.rpc.status import abort
 from profile_service.shard.store_opening import open_store
@@ -104,6 +104,11 @@ class Frontend:
     def ready(self) -> bool:
         """Whether every shard is connected and answers, and calls are accepted."""
         return not self._draining and self._router.ready and self.api.admin.shards_read
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it is ready, and the health service has said so."""
+        return self.ready and self._healthy.is_set()
 
     async def start(self) -> None:
         """Opens the ports, connects to the shards and serves. Raises StartupError where a port cannot be had."""

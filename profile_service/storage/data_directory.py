@@ -7,6 +7,8 @@
       owners.json   the shards there are and who owns which partition, once that has changed; a `Document`
       leases.json   which process of each shard holds its lease; a `Document`, as of the coordinator
       COORDINATOR   held by the coordinator for as long as it lives
+      places.json   of a service on several machines: on which each shard's directory is; a `Document`
+      node.json     of a machine of such a service: its name there; a `Document`, see `cluster.survey`
       schema.yaml   the schema last served with, for a check before any process starts
       shard-0/ …    a shard's log and snapshots
 
@@ -42,13 +44,14 @@ FORMAT = 1
 
 MANIFEST, LOCK, EPOCH, SCHEMA = "data.json", "LOCK", "epoch.json", "schema.yaml"
 OWNERS, LEASES, COORDINATOR_LOCK = "owners.json", "leases.json", "COORDINATOR"
+PLACES, NODE = "places.json", "node.json"
 SHARD_PREFIX = "shard-"
 IDENTITY_BYTES = 16
 
 SECTOR_BYTES = 512
 """What a disk writes whole or not at all."""
 
-_UNUSED = re.compile(rf"{LOCK}|lost\+found|.*\{NEW_SUFFIX}|{EPOCH}|{SCHEMA}")
+_UNUSED = re.compile(rf"{LOCK}|lost\+found|.*\{NEW_SUFFIX}|{EPOCH}|{SCHEMA}|{PLACES}")
 """What may stand in a directory whose making was interrupted, and at the root of a file system."""
 
 
@@ -142,13 +145,14 @@ class DataDirectory:
         """Whether the last one to have it locked never gave it back: it was killed, or the machine went down."""
 
     @classmethod
-    def open(cls, fs: FileSystem, path: Path, new: Manifest) -> DataDirectory:
+    def open(cls, fs: FileSystem, path: Path, new: Manifest, *, spread: bool = False) -> DataDirectory:
         """Locks a directory, and makes it where there is none.
 
         Args:
             fs: where it is.
             path: an absolute path.
             new: what it is made with where there is none.
+            spread: it is the coordinator's, and its shards' directories are, or will be, on several machines.
 
         Raises:
             LockHeld: another process uses it; says who.
@@ -165,10 +169,13 @@ class DataDirectory:
             if MANIFEST in fs.names(path):
                 manifest = read_manifest(fs, path)
                 _check_same(path, manifest, new)
-                _check_whole(fs, path, manifest)
+                if not spread:
+                    _check_not_spread(fs, path)
+                if PLACES not in fs.names(path):
+                    _check_whole(fs, path, manifest)
             else:
                 manifest = new
-                _make(fs, path, manifest)
+                _make(fs, path, manifest, spread)
         except BaseException:
             lock.release()
             raise
@@ -225,7 +232,7 @@ class DataDirectory:
 
     def write_schema(self, text: str) -> None:
         """Remembers the schema that is served with from now on. Raises DiskFull."""
-        write_atomically(self._fs, self.path / SCHEMA, text.encode())
+        write_schema(self._fs, self.path, text)
 
     def release(self) -> None:
         """Lets others use it. May be called more than once."""
@@ -268,6 +275,11 @@ class EpochFile:
             file.sync()
         finally:
             file.close()
+
+
+def write_schema(fs: FileSystem, path: Path, text: str) -> None:
+    """Remembers in a data directory the schema that is served with from now on. Raises OSError, DiskFull among them."""
+    write_atomically(fs, path / SCHEMA, text.encode())
 
 
 def shard_directory(path: Path, shard_id: int) -> Path:
@@ -338,9 +350,19 @@ def _check_whole(fs: FileSystem, path: Path, manifest: Manifest) -> None:
             )
 
 
-def _make(fs: FileSystem, path: Path, manifest: Manifest) -> None:
-    for shard_id in range(manifest.shards):
-        fs.make_directory(shard_directory(path, shard_id))
+def _check_not_spread(fs: FileSystem, path: Path) -> None:
+    if PLACES in fs.names(path):
+        raise StartupError(
+            f"{path} is of a service on several machines, which may have shards elsewhere; start it with deploy"
+        )
+
+
+def _make(fs: FileSystem, path: Path, manifest: Manifest, spread: bool) -> None:
+    if spread:
+        Document(fs, path / PLACES, "").write({"homes": {}})
+    else:
+        for shard_id in range(manifest.shards):
+            fs.make_directory(shard_directory(path, shard_id))
     EpochFile(fs, path).make()
     write_atomically(fs, path / MANIFEST, manifest.encode())
 

@@ -334,6 +334,56 @@ class GetStatusResponse(google.protobuf.message.Message):
         def HasField(self, field_name: typing.Literal["snapshot_time", b"snapshot_time"]) -> builtins.bool: ...
         def ClearField(self, field_name: typing.Literal["address", b"address", "cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_bytes", b"log_bytes", "log_position", b"log_position", "message", b"message", "pid", b"pid", "queued_bytes", b"queued_bytes", "recovery_progress", b"recovery_progress", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "snapshot_position", b"snapshot_position", "snapshot_time", b"snapshot_time", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
 
+    @typing.final
+    class NodeStatus(google.protobuf.message.Message):
+        """A machine of the service, and what is on it."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        NODE_FIELD_NUMBER: builtins.int
+        ADDRESS_FIELD_NUMBER: builtins.int
+        STATE_FIELD_NUMBER: builtins.int
+        SHARD_IDS_FIELD_NUMBER: builtins.int
+        GRPC_ADDRESS_FIELD_NUMBER: builtins.int
+        HTTP_ADDRESS_FIELD_NUMBER: builtins.int
+        DATA_DIR_FIELD_NUMBER: builtins.int
+        MESSAGE_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        """Its name: that of its data, whatever becomes of the machine."""
+        node: builtins.str
+        """The node, as the topology names it; empty while it is away."""
+        address: builtins.str
+        """By which the other nodes reach it."""
+        state: builtins.str
+        """"serving", "starting", "faulty" (the message says why) or "away"."""
+        grpc_address: builtins.str
+        """Where its frontend's gRPC listens, host:port."""
+        http_address: builtins.str
+        """Where its frontend's REST listens, host:port."""
+        data_dir: builtins.str
+        """Its directory of log and snapshots."""
+        message: builtins.str
+        """What the state is about, for people; empty where there is nothing to say."""
+        @property
+        def shard_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """The shards whose data is there."""
+
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            node: builtins.str = ...,
+            address: builtins.str = ...,
+            state: builtins.str = ...,
+            shard_ids: collections.abc.Iterable[builtins.int] | None = ...,
+            grpc_address: builtins.str = ...,
+            http_address: builtins.str = ...,
+            data_dir: builtins.str = ...,
+            message: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["address", b"address", "data_dir", b"data_dir", "grpc_address", b"grpc_address", "http_address", b"http_address", "message", b"message", "name", b"name", "node", b"node", "shard_ids", b"shard_ids", "state", b"state"]) -> None: ...
+
     VERSION_FIELD_NUMBER: builtins.int
     SCHEMA_NAME_FIELD_NUMBER: builtins.int
     START_TIME_FIELD_NUMBER: builtins.int
@@ -348,6 +398,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     DEDUPE_CAPACITY_FIELD_NUMBER: builtins.int
     DATA_DIR_FIELD_NUMBER: builtins.int
     STORE_FIELD_NUMBER: builtins.int
+    NODES_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The service's version."""
     schema_name: builtins.str
@@ -371,7 +422,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     dedupe_capacity: builtins.int
     """Most event ids that a shard remembers."""
     data_dir: builtins.str
-    """Directory of log and snapshots; empty with a store."""
+    """Directory of log and snapshots, of the node that answers; empty with a store."""
     store: builtins.str
     """Where profiles live: "local", or the store's URL without its password."""
     @property
@@ -381,6 +432,10 @@ class GetStatusResponse(google.protobuf.message.Message):
     @property
     def shards(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GetStatusResponse.ShardStatus]:
         """The shards."""
+
+    @property
+    def nodes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GetStatusResponse.NodeStatus]:
+        """The machines."""
 
     def __init__(
         self,
@@ -399,9 +454,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         dedupe_capacity: builtins.int = ...,
         data_dir: builtins.str = ...,
         store: builtins.str = ...,
+        nodes: collections.abc.Iterable[global___GetStatusResponse.NodeStatus] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "store", b"store", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "nodes", b"nodes", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "store", b"store", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
 
 global___GetStatusResponse = GetStatusResponse
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from profile_service.cluster.ports import LOWEST_PORT, bind
 from profile_service.config import Settings
 from profile_service.errors import StartupError
-from profile_service.frontends.ports import LOWEST_PORT, bind
 
 
 def test_no_outgoing_connection_can_be_given_a_port_that_was_drawn() -> None:
@@ -23,8 +23,8 @@ def test_a_drawn_port_is_not_one_that_is_listened_on(monkeypatch: pytest.MonkeyP
     with bind(Settings(), 0, "--grpc-port") as taken:
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr("profile_service.frontends.ports.LOWEST_PORT", port)
-        monkeypatch.setattr("profile_service.frontends.ports._lowest_ephemeral_port", lambda: port + 1)
+        monkeypatch.setattr("profile_service.cluster.ports.LOWEST_PORT", port)
+        monkeypatch.setattr("profile_service.cluster.ports._lowest_ephemeral_port", lambda: port + 1)
         # Nothing else is left to draw, so the system is asked for one.
         with bind(Settings(), 0, "--grpc-port") as other:
             assert other.getsockname()[1] != port

@@ -1,0 +1,464 @@
+"""The processes of the service on the nodes of the Ray cluster: a frontend on each node, each shard on the node that
+has its data. Made true again and again, whatever dies, comes or goes; all actors are created here.
+
+    node joins    surveyed (`survey.py`), gets a frontend; if it has a shard's data, gets the shard
+    node leaves   its frontend is forgotten; its shards wait for it: what they hold is on its disk only
+    new shard     gets a home: the node that is least laden for what it has. Durable before its process starts
+    process dies  Ray starts it again, on the same node
+    deployment    processes of another generation are replaced one by one, each when the one before serves
+
+A process's name says what it is, where and of which generation: `shard-3@NODE_ID#GENERATION`. So a coordinator that
+has just started finds what its predecessor left, and two processes for one thing cannot have been meant.
+
+Ray's node affinity is hard: a shard on another node than its data would be an empty one. Where the data is does not
+follow Ray's node ids, which change with each start of a node, but the name in the data directory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from profile_service.cluster.calls import COORDINATOR_NAME, NAMESPACE, on_node, run_on_node
+from profile_service.cluster.coordinator import reason_of
+from profile_service.cluster.memory import CoordinatorMemory
+from profile_service.cluster.plan import FrontendDescription, Node, NodeStanding, Plan, home_of_new_shard
+from profile_service.cluster.survey import Survey, make_shard_directory, remove_shard_directory, survey
+from profile_service.shard.actor import ShardActor
+from profile_service.storage.data_directory import shard_directory
+
+ACTOR_CPUS = 0.001
+"""Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing; it is more
+than nothing, or else an autoscaler would take the node for an idle one."""
+
+FOLLOW_INTERVAL_S = 1.0
+"""Between two looks at the nodes and their frontends."""
+
+START_INTERVAL_S = 0.1
+"""The same while something starts."""
+
+SURVEY_TIMEOUT_S = 60.0
+"""Ray may have to start a process on the node for it."""
+
+DESCRIBE_TIMEOUT_S = 2.0
+REPLACED_S = 0.2
+"""Between two looks at a shard that has just been replaced."""
+
+SHARD_GRACE_S = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class Away(Exception):
+    """There is no process to ask, and why."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """An actor of the service."""
+
+    role: str
+    """ "frontend", or "shard-" and its id."""
+    node_id: str
+    generation: str
+    handle: ActorHandle[Any]
+
+    @property
+    def name(self) -> str:
+        """By which Ray knows it."""
+        return _name(self.role, self.node_id, self.generation)
+
+
+def create_coordinator(actor_class: type, plan: Plan, head_cpus: float) -> ActorHandle[Any]:
+    """The coordinator, on the head node: it keeps what it knows in that node's data directory. Found, where there is
+    one."""
+    options = {"num_cpus": _cpus(head_cpus), "resources": {"node:__internal_head__": ACTOR_CPUS}}
+    return _create(actor_class, COORDINATOR_NAME, options, plan)
+
+
+def create_frontend(plan: Plan, node: Node) -> Process:
+    """A node's frontend: created, or found where there is one."""
+    return _create_on(node, plan, "frontend", plan.frontend, plan.schema, node.settings(plan.settings))
+
+
+def create_shard(plan: Plan, shard_id: int, node: Node) -> Process:
+    """A shard on the node that has its directory: created, or found where there is one."""
+    return _create_on(
+        node,
+        plan,
+        f"shard-{shard_id}",
+        ShardActor,
+        shard_id,
+        plan.schema.text,
+        node.settings(plan.settings),
+        # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
+        0,
+        (),
+        plan.manifest.identity(shard_id),
+        shard_directory(node.data_dir, shard_id),
+    )
+
+
+class Fleet:
+    """All processes but the coordinator's.
+
+    Args:
+        plan: what is to run.
+        memory: where the homes of shards are made durable, where they are on several nodes.
+    """
+
+    def __init__(self, plan: Plan, memory: CoordinatorMemory, shard_ids: Iterable[int]) -> None:
+        self._plan = plan
+        self._memory = memory
+        self._shard_ids = list(shard_ids)
+        self._homes = memory.last_homes()
+        self._nodes: dict[str, Node] = {}
+        """By Ray's id: those that are part of the cluster now."""
+        self._away: dict[str, Node] = {}
+        """By name: those that were, as they were."""
+        self._shards: dict[int, Process] = {}
+        self._frontends: dict[str, Process] = {}
+        """By node id."""
+        self._described: dict[str, FrontendDescription] = {}
+        """By node id."""
+        self._faults: dict[int, str] = {}
+        """By shard: why it has no process."""
+        self._changing = asyncio.Lock()
+        self._wake = asyncio.Event()
+        """Something is to be made true soon."""
+        self._looked = asyncio.Condition()
+        """Notified after each look."""
+        self.update_fault = ""
+        """Why a deployment has stopped before its end; empty where it has not."""
+
+    def shard(self, shard_id: int) -> ActorHandle[Any]:
+        """The shard's actor. Raises Away where it has none."""
+        home = self._node_named(self._homes.get(shard_id, ""))
+        process = self._shards.get(shard_id)
+        if process is not None and process.node_id in self._nodes:
+            return process.handle
+        if fault := self._faults.get(shard_id):
+            raise Away(fault)
+        if home is None and shard_id in self._homes:
+            before = self._away.get(self._homes[shard_id])
+            where = f"{before.address} ({before.name})" if before else self._homes[shard_id]
+            raise Away(f"its data is on the node {where}, which is not part of the cluster now")
+        raise Away("it has no process yet")
+
+    @property
+    def outdated(self) -> int:
+        """How many processes are of another generation."""
+        return sum(process.generation != self._plan.generation for process in self._processes())
+
+    def standings(self) -> list[NodeStanding]:
+        """How the nodes do, by address."""
+        held: dict[str, list[int]] = {}
+        for shard_id, name in sorted(self._homes.items()):
+            held.setdefault(name, []).append(shard_id)
+        found = [self._standing(node, held.pop(node.name, [])) for node in self._nodes.values()]
+        for name, shard_ids in held.items():
+            before = self._away.get(name)
+            address, data_dir = (before.address, str(before.data_dir)) if before else ("", "")
+            message = "not part of the cluster now; its shards wait for it"
+            found.append(NodeStanding(name, "", address, "away", tuple(shard_ids), data_dir=data_dir, message=message))
+        return sorted(found, key=lambda standing: (standing.address, standing.name))
+
+    async def adopt(self) -> None:
+        """Finds the processes that are there, and creates those that are not, as far as it can be done now."""
+        found = await asyncio.to_thread(find_processes)
+        # Where an update was interrupted, one that is just ending may still be listed: the later one counts.
+        for process in sorted(found, key=lambda process: process.generation == self._plan.generation):
+            if process.role == "frontend":
+                self._frontends[process.node_id] = process
+            else:
+                self._shards[int(process.role.removeprefix("shard-"))] = process
+        await self.look()
+
+    async def follow(self) -> None:
+        """Keeps it all true, until it is cancelled."""
+        while True:
+            settled = all(standing.state == "serving" for standing in self.standings())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_INTERVAL_S if settled else START_INTERVAL_S):
+                    await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self.look()
+            except Exception as error:  # noqa: BLE001  # Ray's head may be away: there is nothing to follow then.
+                logger.warning("the nodes cannot be looked at: %s", reason_of(error))
+
+    async def look(self) -> None:
+        """One look at the nodes, and at what runs there."""
+        async with self._changing:
+            await self._look_at_nodes()
+            for shard_id in self._shard_ids:
+                await self._settle(shard_id)
+            for node in self._nodes.values():
+                if node.node_id not in self._frontends:
+                    self._frontends[node.node_id] = create_frontend(self._plan, node)
+        await self._describe_frontends()
+        async with self._looked:
+            self._looked.notify_all()
+
+    def add(self, shard_id: int) -> None:
+        """There is a shard more: it gets a home and a process soon."""
+        self._shard_ids.append(shard_id)
+        self._wake.set()
+
+    async def remove(self, shard_id: int) -> None:
+        """The shard is no more: ends its process, if there is one, and removes what it has stored."""
+        async with self._changing:
+            if shard_id in self._shard_ids:
+                self._shard_ids.remove(shard_id)
+            if (process := self._shards.pop(shard_id, None)) is not None:
+                ray.kill(process.handle)
+            if self._plan.node is not None:
+                await asyncio.to_thread(remove_shard_directory, self._plan.node.data_dir, shard_id)
+                return
+            home = self._node_named(self._homes.get(shard_id, ""))
+            if home is not None:
+                async with asyncio.timeout(SURVEY_TIMEOUT_S):
+                    await run_on_node(home.node_id, remove_shard_directory, home.data_dir, shard_id)
+                self._nodes[home.node_id] = replace(home, shards=home.shards - {shard_id})
+            if shard_id in self._homes:
+                homes = {known: name for known, name in self._homes.items() if known != shard_id}
+                await self._memory.homes(homes)
+                self._homes = homes
+
+    async def update(self) -> None:
+        """Replaces processes of another generation, one after the other; stops where one does not come to serve."""
+        generation = self._plan.generation
+        for node_id, process in sorted(self._frontends.items()):
+            if process.generation != generation and node_id in self._nodes:
+                await self._replace_frontend(process)
+        for shard_id, process in sorted(self._shards.items()):
+            if process.generation == generation or process.node_id not in self._nodes:
+                continue
+            if fault := await self._replace_shard(shard_id, process):
+                self.update_fault = f"shard {shard_id} does not start as deployed: {fault}"
+                logger.error("the update stops: %s", self.update_fault)
+                return
+
+    async def drain_frontends(self, timeout_s: float) -> None:
+        """Has the frontends answer everything accepted, and ends them."""
+        async with self._changing:
+            await asyncio.gather(*(self._end(process, timeout_s) for process in self._frontends.values()))
+            self._frontends.clear()
+
+    async def drain_shards(self, timeout_s: float) -> None:
+        """The same with the shards."""
+        async with self._changing:
+            await asyncio.gather(*(self._end(process, timeout_s) for process in self._shards.values()))
+            self._shards.clear()
+
+    def _processes(self) -> list[Process]:
+        return [p for p in (*self._frontends.values(), *self._shards.values()) if p.node_id in self._nodes]
+
+    def _node_named(self, name: str) -> Node | None:
+        return next((node for node in self._nodes.values() if node.name == name and not node.fault), None)
+
+    def _is_ready(self, node_id: str) -> bool:
+        return node_id in self._described and self._described[node_id].ready
+
+    def _standing(self, node: Node, shard_ids: list[int]) -> NodeStanding:
+        described = self._described.get(node.node_id, FrontendDescription())
+        fault = node.fault or described.fault
+        return NodeStanding(
+            node.name,
+            node.node_id,
+            node.address,
+            "faulty" if fault else "serving" if described.ready else "starting",
+            tuple(shard_ids),
+            described.grpc_address,
+            described.http_address,
+            str(node.data_dir),
+            fault,
+        )
+
+    async def _look_at_nodes(self) -> None:
+        if self._plan.node is not None:
+            node = self._plan.node
+            self._nodes = {node.node_id: node}
+            self._homes = dict.fromkeys(self._shard_ids, node.name)
+            return
+        alive = await asyncio.to_thread(_alive_nodes)
+        for node_id in self._nodes.keys() - alive.keys():
+            node = self._nodes.pop(node_id)
+            self._away[node.name] = node
+            logger.warning("node %s at %s has left", node_id, node.address)
+            for forgotten in (self._frontends.pop(node_id, None), self._described.pop(node_id, None)):
+                if isinstance(forgotten, Process):
+                    ray.kill(forgotten.handle)
+        for node_id in self._frontends.keys() - alive.keys():
+            ray.kill(self._frontends.pop(node_id).handle)
+        new = [found for node_id, found in alive.items() if node_id not in self._nodes]
+        for node in filter(None, await asyncio.gather(*(self._survey(found) for found in new))):
+            twin = self._node_named(node.name)
+            if twin is not None and not node.fault:
+                fault = f"{node.data_dir} is also that of node {twin.node_id}: each needs its own"
+                node = replace(node, fault=fault)  # noqa: PLW2901
+            self._nodes[node.node_id] = node
+            self._away.pop(node.name, None)
+            logger.info("node %s at %s is there%s", node.node_id, node.address, node.fault and f": {node.fault}")
+
+    async def _survey(self, found: Mapping[str, Any]) -> Node | None:
+        node_id, address, resources = found["NodeID"], found["NodeManagerAddress"], found["Resources"]
+        try:
+            async with asyncio.timeout(SURVEY_TIMEOUT_S):
+                seen: Survey = await run_on_node(node_id, survey, self._plan.settings, self._plan.manifest, address)
+        except Exception as error:  # noqa: BLE001  # Whatever it is, the node is looked at again.
+            logger.warning("node %s cannot be looked at yet: %s", node_id, reason_of(error))
+            return None
+        return Node(
+            node_id=node_id,
+            name=seen.name,
+            address=address,
+            data_dir=seen.data_dir,
+            cpus=resources.get("CPU", 0.0),
+            share=resources.get(self._plan.resource, 0.0),
+            grpc_port=seen.grpc_port,
+            http_port=seen.http_port,
+            shards=seen.shards,
+            fault=seen.fault,
+        )
+
+    async def _settle(self, shard_id: int) -> None:
+        """Sees to it that the shard's process is where its data is."""
+        if shard_id not in self._homes and not await self._give_home(shard_id):
+            return
+        home = self._node_named(self._homes[shard_id])
+        if home is None:
+            return
+        if self._plan.node is None and shard_id not in home.shards:
+            self._faults[shard_id] = f"{shard_directory(home.data_dir, shard_id)} is missing on {home.address}"
+            return
+        self._faults.pop(shard_id, None)
+        process = self._shards.get(shard_id)
+        if process is not None and process.node_id == home.node_id:
+            return
+        if process is not None:
+            ray.kill(process.handle)
+        self._shards[shard_id] = create_shard(self._plan, shard_id, home)
+
+    async def _give_home(self, shard_id: int) -> bool:
+        """Returns whether the shard has a home now."""
+        found = [node for node in self._nodes.values() if shard_id in node.shards and not node.fault]
+        if len(found) > 1:
+            where = ", ".join(node.address for node in found)
+            self._faults[shard_id] = f"there is a directory of it on each of {where}; which one is right is not known"
+            return False
+        # A directory that no home was given to: of a service of one machine, or of a home that was not yet durable.
+        home = found[0] if found else home_of_new_shard(self._nodes.values(), self._homes)
+        if home is None:
+            self._faults[shard_id] = f"no node can take it: none has {self._plan.resource} and a usable data directory"
+            return False
+        async with asyncio.timeout(SURVEY_TIMEOUT_S):
+            await run_on_node(home.node_id, make_shard_directory, home.data_dir, shard_id)
+        homes = {**self._homes, shard_id: home.name}
+        await self._memory.homes(homes)
+        self._homes = homes
+        self._nodes[home.node_id] = replace(home, shards=home.shards | {shard_id})
+        return True
+
+    async def _describe_frontends(self) -> None:
+        async def describe(process: Process) -> None:
+            try:
+                async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                    self._described[process.node_id] = await process.handle.describe.remote()
+            except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, it did not answer.
+                known = self._described.get(process.node_id, FrontendDescription())
+                self._described[process.node_id] = replace(known, ready=False)
+                logger.debug("%s does not answer: %s", process.name, reason_of(error))
+
+        await asyncio.gather(*(describe(process) for process in self._frontends.values()))
+
+    async def _replace_frontend(self, process: Process) -> None:
+        node = self._nodes[process.node_id]
+        logger.info("the frontend on %s is replaced", node.address)
+        await self._end(process, self._plan.settings.drain_timeout_s)
+        async with self._changing:
+            self._described.pop(node.node_id, None)
+            self._frontends[node.node_id] = create_frontend(self._plan, node)
+        # Its node may leave meanwhile; then there is nothing to wait for.
+        async with self._looked:
+            await self._looked.wait_for(lambda: node.node_id not in self._nodes or self._is_ready(node.node_id))
+
+    async def _replace_shard(self, shard_id: int, process: Process) -> str:
+        """Returns why it does not come to serve; empty where it does."""
+        node = self._nodes[process.node_id]
+        logger.info("shard %d on %s is replaced", shard_id, node.address)
+        await self._end(process, self._plan.settings.drain_timeout_s)
+        async with self._changing:
+            self._shards[shard_id] = process = create_shard(self._plan, shard_id, node)
+        while node.node_id in self._nodes:
+            try:
+                async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                    described = await process.handle.describe.remote(None)
+            except ray.exceptions.ActorDiedError as error:
+                return reason_of(error)
+            except Exception as error:  # noqa: BLE001  # The call is remote: it will answer, or be found to have died.
+                logger.debug("%s does not answer: %s", process.name, reason_of(error))
+            else:
+                if described.state == "failed":
+                    return str(described.message)
+                if described.state in ("serving", "full"):
+                    return ""
+            await asyncio.sleep(REPLACED_S)
+        return ""
+
+    async def _end(self, process: Process, timeout_s: float) -> None:
+        """Has it answer what it has accepted, and ends it."""
+        try:
+            async with asyncio.timeout(timeout_s + SHARD_GRACE_S):
+                await process.handle.drain.remote(*(() if process.role == "frontend" else (SHARD_GRACE_S,)))
+        except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
+            logger.warning("%s could not be drained: %s", process.name, reason_of(error))
+        ray.kill(process.handle)
+
+
+def _create_on(node: Node, plan: Plan, role: str, actor_class: type, *arguments: object) -> Process:
+    options = {"num_cpus": _cpus(node.cpus), "scheduling_strategy": on_node(node.node_id)}
+    name = _name(role, node.node_id, plan.generation)
+    return Process(role, node.node_id, plan.generation, _create(actor_class, name, options, *arguments))
+
+
+def _create(actor_class: type, name: str, options: Mapping[str, Any], *arguments: object) -> ActorHandle[Any]:
+    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for
+    ever."""
+    remote_class: Any = ray.remote(actor_class)
+    handle: ActorHandle[Any] = remote_class.options(
+        name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, **options
+    ).remote(*arguments)
+    return handle
+
+
+def _cpus(of_node: float) -> float:
+    """A head is often given no CPU, to keep work away from it: it can take a frontend all the same."""
+    return ACTOR_CPUS if of_node else 0.0
+
+
+def _name(role: str, node_id: str, generation: str) -> str:
+    return f"{role}@{node_id}#{generation}"
+
+
+def find_processes() -> list[Process]:
+    """All of the service that Ray knows of and has not given up, but for the coordinator."""
+    found = []
+    for listed in ray.util.list_named_actors(all_namespaces=True):
+        role, at, rest = listed["name"].partition("@")
+        node_id, _, generation = rest.partition("#")
+        if listed["namespace"] == NAMESPACE and at:
+            handle = ray.get_actor(listed["name"], namespace=NAMESPACE)
+            found.append(Process(role, node_id, generation, handle))
+    return found
+
+
+def _alive_nodes() -> dict[str, Mapping[str, Any]]:
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
