@@ -47,12 +47,16 @@ $(STAMP): $(UV) pyproject.toml clients/python/pyproject.toml uv.lock
 	touch $@
 
 .PHONY: test-tools
-test-tools: $(STAMP) bench-tools $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
+test-tools: $(STAMP) bench-tools host-tools $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
 
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/install_tools.sh
 	scripts/install_tools.sh node=nodejs npm=npm
 	npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund
 	touch $@
+
+.PHONY: host-tools
+host-tools: $(STAMP)
+	scripts/install_tools.sh ip=iproute2 rsync=rsync ssh=openssh-client /usr/sbin/sshd=openssh-server
 
 .PHONY: bench-tools
 bench-tools: $(STAMP)
