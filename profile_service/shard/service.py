@@ -244,6 +244,8 @@ class ShardServer:
         give_up_at = asyncio.get_running_loop().time() + patience_s
         while True:
             submission = asyncio.create_task(self._shard.submit(parts, size_bytes, epoch, sender))
+            # Whoever waits for it may go away with its stream; what it is refused with is nobody's then.
+            submission.add_done_callback(_take_error)
             # `submit` takes or refuses before it first waits.
             await asyncio.sleep(0)
             refusal = submission.exception() if submission.done() else None
@@ -438,6 +440,11 @@ class ShardServer:
             snapshot_position=counters.snapshot_position,
             snapshot_time_ns=counters.snapshot_time_ns,
         )
+
+
+def _take_error(submission: asyncio.Task[None]) -> None:
+    if not submission.cancelled():
+        submission.exception()
 
 
 def _answering(call: UnaryCall) -> Callable[[bytes, ServerContext], Awaitable[bytes]]:
