@@ -49,6 +49,8 @@ STEP_ROWS = 4_096
 EVENT_IDS_A_CHUNK = 1 << 14
 REQUESTS_A_CHUNK = 1 << 12
 UNFINISHED_SUFFIX = ".migrating"
+TIMEOUT_S = 60.0
+"""How long the store may take for an answer: nobody waits behind it, and to give up costs all that was sent."""
 
 Progress = Callable[[str, int, int], None]
 """Hears what is being done, how many users are done, and how many there are; 0 where that is not known."""
@@ -81,7 +83,7 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
         DataLoss: the directory is damaged, or what has arrived is not what was sent.
     """
     directory = _open(path)
-    store = RedisStore(url)
+    store = RedisStore(url, timeout_s=TIMEOUT_S)
     try:
         lease, _ = await _take_lease(store)
         try:
@@ -119,7 +121,7 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
         raise StartupError(f"{path} is there already; name a directory that is not")
     unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
     await asyncio.to_thread(shutil.rmtree, unfinished, ignore_errors=True)
-    store = RedisStore(url)
+    store = RedisStore(url, timeout_s=TIMEOUT_S)
     try:
         lease, _ = await _take_lease(store)
         try:
