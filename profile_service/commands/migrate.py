@@ -36,7 +36,7 @@ def migrate(
     from profile_service.storage.redis_store import StoreUrl
 
     if ("://" in source) == ("://" in target):
-        raise StartupError("one of FROM and TO must be a data directory, and the other the URL of a store")
+        raise StartupError("one of FROM and TO must be a data directory, and the other the URL of a store (redis://…)")
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr()) as bar:
