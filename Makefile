@@ -11,8 +11,9 @@ NODE := tests/e2e/node
 # What `make bench` runs (`profile-service bench --help` lists them), and what is passed on: make bench BENCH=ingest ARGS=--json
 BENCH ?= ingest
 ARGS ?=
-# Two workers; the tests that share a service stay on one of them (tests/conftest.py).
-PYTEST_FLAGS ?= -n 2 --dist loadgroup --durations 15
+# Two workers; the tests that share a service stay on one of them (tests/conftest.py). In the order of the files, so that the longest of
+# them are not left for the end, when the other worker has nothing to do.
+PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
