@@ -179,7 +179,20 @@ def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
 
 
 def test_stores_measures_a_place_and_keeps_all_of_it_when_its_shards_become_more(tmp_path: Path) -> None:
-    flags = ("--events", "20000", "--users", "100", "--batch", "500", "--rounds", "1", "--rate", "1000", "--reads", "20")
+    flags = (
+        "--events",
+        "20000",
+        "--users",
+        "100",
+        "--batch",
+        "500",
+        "--rounds",
+        "1",
+        "--rate",
+        "1000",
+        "--reads",
+        "20",
+    )
     chosen = ("--store", "redis-always", "--steady-s", "0.5", "--shards", "1", "--scaled-shards", "2")
     result = bench("stores", tmp_path, *flags, *chosen)
     (found,) = result["stores"].values()
