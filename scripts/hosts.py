@@ -21,7 +21,7 @@ SWITCH = "switch"
 LAB = "PROFILE_SERVICE_LAB"
 """Set inside the lab."""
 
-SSH_TIMEOUT_S = 20.0
+SSH_TIMEOUT_S = 60.0
 
 # A machine's first process: it mounts what is its own, and stays to collect whatever ends.
 _BOOT = r"""
@@ -94,7 +94,9 @@ class Host:
             env={**os.environ, "NAME": self._name, "DISK": str(self._disk)},
         )
         inside = _child_of(self._process.pid)
-        _ip(f"link add {self._name} type veth peer name eth0 netns {inside}")
+        # The card keeps its address, as a machine's does: the others go on knowing it.
+        card = f"address 02:00:00:00:00:{int(self.address.rpartition('.')[2]):02x}"
+        _ip(f"link add {self._name} type veth peer name eth0 {card} netns {inside}")
         _ip(f"link set {self._name} master {SWITCH} up")
         for command in (
             f"address add {self.address}/24 dev eth0",

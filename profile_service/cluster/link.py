@@ -120,8 +120,9 @@ class ShardLink:
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.initial_reconnect_backoff_ms", 50),
-                ("grpc.min_reconnect_backoff_ms", 50),
                 ("grpc.max_reconnect_backoff_ms", 500),
+                # Its name misleads: this is how long a connection may take to be made.
+                ("grpc.min_reconnect_backoff_ms", 1000),
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.enable_http_proxy", 0),
             ],

@@ -15,8 +15,9 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Its name misleads: this is how long a connection may take to be made.
+    ("grpc.min_reconnect_backoff_ms", 2000),
     # A peer that vanished without a word is noticed: at once where bytes wait for it (keepalive sets the socket's user
     # timeout), else by a ping. Servers take pings more often than every 5 minutes for abuse and end the connection.
     ("grpc.keepalive_time_ms", 310_000),

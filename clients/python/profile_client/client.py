@@ -108,11 +108,18 @@ class ProfileClient:
     def _call(self, method: Any, request: Any, timeout_s: float | None, *, repeatable: bool) -> Any:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
+        before: ServiceError | None = None
         for attempt in itertools.count():
+            left_s = max(0.001, deadline - time.monotonic())
             try:
-                return method(request, timeout=max(0.001, deadline - time.monotonic()))
+                # A call that fails at once does not wait for the connection to be made again; gRPC makes it while one does.
+                return method(request, timeout=left_s, wait_for_ready=before is not None)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)
+                if before is not None and isinstance(error, DeadlineExceededError):
+                    # Why it had to be tried again says more than that the time is over.
+                    raise before from rpc_error
+                before = error
                 wait_s = next_wait_s(attempt, error.retry_after_s, random.random())
                 if not repeatable or not is_retryable(error) or time.monotonic() + wait_s >= deadline:
                     raise error from rpc_error

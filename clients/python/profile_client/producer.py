@@ -358,7 +358,10 @@ class Producer:
 
     def _begin(self, ways: Ways, number: int, stream: Any, generation: int) -> Background:
         """Opens a way's stream, and listens to it in the background."""
-        call = ways.all[number].call = stream(self._requests(ways, number, generation))
+        # After a stream that broke, a call that fails at once would not wait for the connection to be made again; gRPC
+        # makes it while one does.
+        waits = number == FRONTEND and self._last_error is not None
+        call = ways.all[number].call = stream(self._requests(ways, number, generation), wait_for_ready=waits)
         return Background(
             functools.partial(self._listen, ways, number, call), f"producer {self.producer_id}, way {number}"
         )
@@ -417,7 +420,10 @@ class Producer:
         owners = self._access.owners
         if error is not None and error.reason == "NOT_MINE":
             owners.not_mine()
-        owners.failed(way.owner, time.monotonic())
+        now = time.monotonic()
+        owners.failed(way.owner, now)
+        # However late it is known: it is tried again.
+        self._turn_at = min(self._turn_at, max(now + TURN_S, owners.next_try_s(now)))
         if way.is_open:
             way.error = error
         else:
