@@ -15,11 +15,13 @@ import pytest
 
 from profile_client import (
     AbortedError,
+    AsyncProducer,
     AsyncProfileClient,
     BufferFullError,
     DeadlineExceededError,
     Event,
     InvalidArgumentError,
+    Producer,
     ProducerClosedError,
     ProducerOptions,
     ProfileClient,
@@ -30,6 +32,7 @@ from profile_client import (
     UnavailableError,
 )
 from profile_client.events import frame
+from profile_client.ways import FRONTEND
 from tests.client.both import Both
 from tests.client.fake_service import STORAGE_FULL, FakeService, Serving, serving
 from userprofile.v1 import event_pb2
@@ -363,6 +366,40 @@ def test_a_producer_outlives_a_service_that_is_away_and_holds_its_program_back_m
         both.run(scenario, address=served.address)
     assert sum(fake.counts.values()) >= 300
     assert sum(fake.sizes) == sum(fake.counts.values())
+
+
+def test_while_nobody_listens_one_stream_waits_for_the_connection_however_quick_the_producer_is_to_try(
+    both: Both, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # gRPC makes a connection while a call waits for it: streams that fail at once, over and over, put it off.
+    fake = FakeService()  # type: ignore[abstract]
+    begun: list[int] = []
+
+    def counted(begin: Any) -> Any:
+        def counting(producer: Any, ways: Any, number: int, *given: Any) -> Any:
+            begun.append(number)
+            return begin(producer, ways, number, *given)
+
+        return counting
+
+    for kind in (AsyncProducer, Producer):
+        monkeypatch.setattr(kind, "_begin", counted(kind._begin))
+
+    async def scenario(client: Any) -> None:
+        async with client.producer(options=ProducerOptions(**QUICK)) as producer:
+            await producer.send(Event("u1", "view"))
+            await producer.flush(WAIT_S)
+            await asyncio.to_thread(served.stop)
+            await producer.send(Event("u1", "view"))
+            with pytest.raises(DeadlineExceededError, match="the last stream ended with"):
+                await producer.flush(1.0)
+            assert begun == [FRONTEND] * 2
+            await asyncio.to_thread(served.start)
+            await producer.flush(WAIT_S)
+
+    with Serving(fake) as served:
+        both.run(scenario, address=served.address)
+    assert fake.counts == {"u1": 2}
 
 
 def test_a_disk_that_is_full_is_waited_for_as_long_as_the_service_says(both: Both, fake: FakeService) -> None:

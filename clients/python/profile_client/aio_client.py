@@ -116,7 +116,7 @@ class AsyncProfileClient:
         for attempt in itertools.count():
             left_s = max(0.001, deadline - time.monotonic())
             try:
-                # A call that fails at once does not wait for the connection to be made again; gRPC makes it while one does.
+                # gRPC makes a connection again while a call waits for it.
                 return await method(request, timeout=left_s, wait_for_ready=before is not None)
             except grpc.RpcError as rpc_error:
                 error = from_rpc_error(rpc_error)

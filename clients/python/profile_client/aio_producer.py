@@ -370,8 +370,7 @@ class AsyncProducer:
 
     def _begin(self, ways: Ways, number: int, stream: Any, generation: int) -> Background:
         """Opens a way's stream, and listens to it in the background."""
-        # After a stream that broke, a call that fails at once would not wait for the connection to be made again; gRPC
-        # makes it while one does.
+        # gRPC makes a connection again while a call waits for it: the streams after one that broke do.
         waits = number == FRONTEND and self._last_error is not None
         call = ways.all[number].call = stream(self._requests(ways, number, generation), wait_for_ready=waits)
         return Background(
