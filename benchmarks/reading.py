@@ -179,9 +179,10 @@ async def in_turns(asks: Mapping[str, Ask], count: int) -> dict[str, NDArray[np.
 
 
 async def at_rate(
-    ask: Ask, requests_per_second: float, seconds: float
+    ask: Ask, requests_per_second: float, seconds: float, stop: asyncio.Event | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Asks at a rate that nothing slows down: a question that waits holds up none that is due after it.
+    """Asks at a rate that nothing slows down, for so long or until it is to stop: a question that waits holds up none
+    that is due after it.
 
     Returns when each was due (`time.monotonic`) and how long after that it was answered, in seconds.
     """
@@ -193,13 +194,17 @@ async def at_rate(
         answered[number] = time.monotonic()
 
     due += time.monotonic()
+    asked = 0
     async with asyncio.TaskGroup() as tasks:
         for number in range(len(due)):
+            if stop is not None and stop.is_set():
+                break
             delay = float(due[number]) - time.monotonic()
             if delay > 0:
                 await asyncio.sleep(delay)
             tasks.create_task(one(number))
-    return due, answered - due
+            asked += 1
+    return due[:asked], (answered - due)[:asked]
 
 
 def get_request(user: int) -> bytes:

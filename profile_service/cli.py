@@ -64,6 +64,7 @@ for benchmark in (
     bench.mixed,
     bench.soak,
     bench.stores,
+    bench.scale,
 ):
     bench_app.command()(benchmark)
 app.add_typer(bench_app, name="bench")

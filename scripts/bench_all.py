@@ -30,6 +30,7 @@ RUNS: dict[str, list[str]] = {
     "startup": ["startup"],
     "flood": ["flood"],
     "stores": ["stores"],
+    "scale": ["scale"],
     "soak": ["soak", "--minutes", "30"],
 }
 """By the name of the files, what `profile-service bench` is told."""

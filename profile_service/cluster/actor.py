@@ -113,17 +113,17 @@ class CoordinatorActor:
             field = error.violations[0].field if isinstance(error, InvalidArgument) else ""
             reason = error.violations[0].description if isinstance(error, InvalidArgument) else error.message
             return Changed(self._coordinator.topology.epoch, field, reason)
-        moved = self._mover.moved
-        if moved.partitions > before.partitions:
+        moved = self._mover.moved.since(before)
+        if moved.partitions:
             logger.info(
                 "%s: %d partitions, %d rows, %.1f MB in %.2f s",
                 what,
-                moved.partitions - before.partitions,
-                moved.rows - before.rows,
-                (moved.size_bytes - before.size_bytes) / 1e6,
+                moved.partitions,
+                moved.rows,
+                moved.size_bytes / 1e6,
                 time.monotonic() - began_s,
             )
-        return Changed(epoch or self._coordinator.topology.epoch)
+        return Changed(epoch or self._coordinator.topology.epoch, moved=moved)
 
     async def progress(self) -> Progress:
         """How far the start is, or the update. Raises StartupError where it cannot be begun."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from profile_service.cluster.plan import NodeStanding
@@ -26,21 +26,43 @@ class Changes(Protocol):
         """Moves everything away from a node."""
 
 
+@dataclass
+class Moved:
+    """What moves have cost."""
+
+    partitions: int = 0
+    rows: int = 0
+    """Each as often as it was sent."""
+    size_bytes: int = 0
+    attempts: int = 0
+
+    def since(self, before: Moved) -> Moved:
+        """What was added since."""
+        return Moved(
+            self.partitions - before.partitions,
+            self.rows - before.rows,
+            self.size_bytes - before.size_bytes,
+            self.attempts - before.attempts,
+        )
+
+
 @dataclass(frozen=True)
 class Changed:
     """How a change ended that was asked for. Not an exception: Ray would wrap it."""
 
     epoch: int
     """Of now."""
-    field: str = ""
+    wrong_field: str = ""
     """The argument that is wrong, where one is."""
     reason: str = ""
     """Why it was not done, or not all of it; empty where it was."""
 
-    def raise_fault(self) -> int:
-        """The epoch. Raises InvalidArgument or Unavailable where it was not done."""
-        if self.field:
-            raise InvalidArgument(self.field, self.reason)
+    moved: Moved = field(default_factory=Moved)
+    """What was sent for it."""
+
+    def raise_fault(self) -> None:
+        """Raises InvalidArgument or Unavailable where it was not done."""
+        if self.wrong_field:
+            raise InvalidArgument(self.wrong_field, self.reason)
         if self.reason:
             raise Unavailable(self.reason, retry_after_s=1.0)
-        return self.epoch

@@ -20,9 +20,10 @@ import itertools
 import logging
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
+from profile_service.cluster.changes import Moved
 from profile_service.cluster.coordinator import Coordinator, ShardControl, reason_of
 from profile_service.cluster.ownership import MOVED_AT_ONCE, Move, Ownership, Retirement, next_moves
 from profile_service.cluster.topology import Topology
@@ -56,17 +57,6 @@ class ShardFactory(Protocol):
         """Ends a shard that is in no topology, and removes what it has stored."""
 
 
-@dataclass
-class Moved:
-    """What moves have cost so far."""
-
-    partitions: int = 0
-    rows: int = 0
-    """Each as often as it was sent."""
-    size_bytes: int = 0
-    attempts: int = 0
-
-
 class Undecided(Exception):
     """Whether a change of owners is durable is not known: whoever reads it next will know. The coordinator ends."""
 
@@ -81,6 +71,7 @@ class Mover:
         self._serials = itertools.count(1)
         self._name = uuid.uuid4().hex[:8]
         self.moved = Moved()
+        """So far."""
 
     async def resume(self) -> None:
         """Brings to its end what a coordinator before has begun."""

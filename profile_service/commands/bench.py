@@ -469,6 +469,43 @@ def stores(
     _run(benchmark, options, plot, as_json)
 
 
+def scale(
+    schema: BenchSchema = "preferences",
+    users: Annotated[int, flag("--users", "Users in the service.", min=100)] = 1_000_000,
+    rate: Annotated[int, flag("--rate", "Events a second.", min=1)] = 20_000,
+    batch: Annotated[int, flag("--batch", "Events a batch.", min=1, max=10_000)] = 200,
+    producers: Annotated[int, flag("--producers", "Streams at once.", min=1)] = 2,
+    reads: Annotated[float, flag("--reads", "Profiles read a second.", min=1)] = 200.0,
+    shards: Annotated[
+        list[int], flag("--shards", "How many shards there are at first, and then; repeatable.", min=1, max=256)
+    ] = [2, 4, 3],  # noqa: B006  typer copies it
+    quiet_s: Annotated[float, flag("--quiet-s", "Seconds before the first change.", min=0.1)] = 10.0,
+    data_dir: DataDir = None,
+    seed: Seed = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measures how long events and reads wait while users move to more shards, and to fewer.
+
+    Example:  profile-service bench scale --users 100000 --shards 2 --shards 4 --shards 3
+    """
+    from benchmarks import scale as benchmark
+
+    options = benchmark.Options(
+        schema=schema,
+        users=users,
+        rate=rate,
+        batch=batch,
+        producers=producers,
+        reads=reads,
+        shards=tuple(shards),
+        quiet_s=quiet_s,
+        data_dir=data_dir,
+        seed=seed,
+    )
+    _run(benchmark, options, plot, as_json)
+
+
 def _run(benchmark: ModuleType, options: Any, plot: Path | None, as_json: bool) -> None:
     """Measures, draws where told, and prints the figures."""
     from profile_service.commands.terminal import stderr, stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +32,7 @@ def move(
     from userprofile.v1 import admin_service_pb2 as admin
 
     request = admin.MovePartitionsRequest(partitions=_numbers(partitions), target_shard_id=to)
-    _change(address, as_json, lambda stub: stub.MovePartitions(request).epoch, "moving partitions")
+    _change(address, as_json, lambda stub: stub.MovePartitions(request), "moving partitions")
 
 
 def scale(
@@ -49,7 +49,7 @@ def scale(
     from userprofile.v1 import admin_service_pb2 as admin
 
     request = admin.ScaleShardsRequest(shard_count=shards)
-    _change(address, as_json, lambda stub: stub.ScaleShards(request).epoch, f"scaling to {shards} shards")
+    _change(address, as_json, lambda stub: stub.ScaleShards(request), f"scaling to {shards} shards")
 
 
 def drain(
@@ -64,11 +64,12 @@ def drain(
     from userprofile.v1 import admin_service_pb2 as admin
 
     request = admin.DrainNodeRequest(node=node)
-    _change(address, as_json, lambda stub: stub.DrainNode(request).epoch, f"moving users away from {node}")
+    _change(address, as_json, lambda stub: stub.DrainNode(request), f"moving users away from {node}")
 
 
-def _change(address: str, as_json: bool, ask: Callable[[AdminServiceStub], int], what: str) -> None:
+def _change(address: str, as_json: bool, ask: Callable[[AdminServiceStub], Any], what: str) -> None:
     import json
+    import time
 
     from profile_service.commands.connection import connect
     from profile_service.commands.terminal import stderr
@@ -78,13 +79,20 @@ def _change(address: str, as_json: bool, ask: Callable[[AdminServiceStub], int],
     with connect(address) as channel, stderr().status(what):
         stub = admin_service_pb2_grpc.AdminServiceStub(channel)
         # As long as it takes: how much there is to move is known there only.
-        epoch = ask(stub)
+        began_s = time.monotonic()
+        changed = ask(stub)
+        seconds = time.monotonic() - began_s
         topology = stub.GetTopology(admin.GetTopologyRequest())
-    owned = _owned(topology)
+    owned, moved = _owned(topology), changed.moved
     if as_json:
-        print(json.dumps({"epoch": epoch, "partitions": owned}))
+        sent = {"partitions": moved.partition_count, "rows": moved.row_count, "bytes": moved.byte_count}
+        print(json.dumps({"epoch": changed.epoch, "partitions": owned, "moved": sent, "seconds": seconds}))
         return
-    print(f"epoch {epoch}: " + ", ".join(f"shard {shard_id} owns {count}" for shard_id, count in owned.items()))
+    print(
+        f"moved {moved.partition_count} partitions: {moved.row_count:,} rows, {moved.byte_count / 1e6:,.1f} MB, in "
+        f"{seconds:.1f} s"
+    )
+    print(f"epoch {changed.epoch}: " + ", ".join(f"shard {shard_id} owns {count}" for shard_id, count in owned.items()))
 
 
 def _owned(topology: admin.GetTopologyResponse) -> dict[int, int]:

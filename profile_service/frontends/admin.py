@@ -116,32 +116,40 @@ class Admin:
     async def move_partitions(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded MovePartitionsResponse, once the target owns all of them."""
         asked = parse(admin_service_pb2.MovePartitionsRequest, request)
-        epoch = await self._changed(self._changes.move(list(asked.partitions), asked.target_shard_id), deadline_s)
-        return admin_service_pb2.MovePartitionsResponse(epoch=epoch).SerializeToString()
+        epoch, moved = await self._changed(
+            self._changes.move(list(asked.partitions), asked.target_shard_id), deadline_s
+        )
+        return admin_service_pb2.MovePartitionsResponse(epoch=epoch, moved=moved).SerializeToString()
 
     async def scale_shards(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded ScaleShardsResponse, once there are so many."""
         asked = parse(admin_service_pb2.ScaleShardsRequest, request)
-        epoch = await self._changed(self._changes.scale(asked.shard_count), deadline_s)
-        return admin_service_pb2.ScaleShardsResponse(epoch=epoch).SerializeToString()
+        epoch, moved = await self._changed(self._changes.scale(asked.shard_count), deadline_s)
+        return admin_service_pb2.ScaleShardsResponse(epoch=epoch, moved=moved).SerializeToString()
 
     async def drain_node(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded DrainNodeResponse, once no shard is there any more."""
         asked = parse(admin_service_pb2.DrainNodeRequest, request)
-        epoch = await self._changed(self._changes.drain_node(asked.node), deadline_s)
-        return admin_service_pb2.DrainNodeResponse(epoch=epoch).SerializeToString()
+        epoch, moved = await self._changed(self._changes.drain_node(asked.node), deadline_s)
+        return admin_service_pb2.DrainNodeResponse(epoch=epoch, moved=moved).SerializeToString()
 
-    async def _changed(self, change: Awaitable[Changed], deadline_s: float | None) -> int:
-        """The epoch after a change that was asked for; it goes on where the caller's deadline passes."""
+    async def _changed(
+        self, change: Awaitable[Changed], deadline_s: float | None
+    ) -> tuple[int, admin_service_pb2.MovedState]:
+        """The epoch after a change that was asked for, and what was sent for it; it goes on where the caller's deadline
+        passes."""
         try:
             async with asyncio.timeout(deadline_s):
                 changed = await change
         except TimeoutError:
             raise DeadlineExceeded("it goes on: see the topology, or ask again") from None
-        epoch = changed.raise_fault()
+        changed.raise_fault()
         # Whoever asks this frontend next is told what has become of it.
         await self._router.refresh()
-        return epoch
+        moved = changed.moved
+        return changed.epoch, admin_service_pb2.MovedState(
+            partition_count=moved.partitions, row_count=moved.rows, byte_count=moved.size_bytes
+        )
 
     async def _node_statuses(self) -> list[NodeStatus]:
         try:

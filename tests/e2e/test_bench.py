@@ -117,6 +117,21 @@ def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     assert all(one["seconds"] > 0 and one["bytes"] > 500 * 100 for one in result["snapshots"])
 
 
+def test_scale_tells_the_waits_of_each_change_apart(tmp_path: Path) -> None:
+    flags = ("--users", "500", "--rate", "2000", "--batch", "50", "--reads", "50", "--quiet-s", "1")
+    result = bench("scale", tmp_path, *flags, "--shards", "1", "--shards", "2")
+    (change,) = result["changes"]
+    assert (change["from"], change["to"], change["partitions"]) == (1, 2, 128)
+    # Every row of a partition that moves goes at least once.
+    assert 200 <= change["rows"]
+    assert change["bytes"] > 500 * change["rows"]
+    for found in (result["quiet"], change):
+        for name in ("write", "read"):
+            assert 0 < found[name]["p50_ms"] <= found[name]["p99_ms"] <= found[name]["max_ms"]
+    assert result["worst_ms"] == {name: change[name]["max_ms"] for name in ("write", "read")}
+    assert len(result["costs"]) == 2
+
+
 def test_a_soak_keeps_exact_totals_and_tells_growth_and_drift(tmp_path: Path) -> None:
     flags = ("--minutes", "0.1", "--users", "500", "--batch", "100", "--share", "0.2", "--reads", "50")
     result = bench("soak", tmp_path, *flags, "--snapshot-interval-s", "1")

@@ -510,6 +510,34 @@ class CreateSnapshotResponse(google.protobuf.message.Message):
 global___CreateSnapshotResponse = CreateSnapshotResponse
 
 @typing.final
+class MovedState(google.protobuf.message.Message):
+    """What moves have sent from shard to shard."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARTITION_COUNT_FIELD_NUMBER: builtins.int
+    ROW_COUNT_FIELD_NUMBER: builtins.int
+    BYTE_COUNT_FIELD_NUMBER: builtins.int
+    partition_count: builtins.int
+    """Partitions with another owner."""
+    row_count: builtins.int
+    """Rows of users, each as often as it was sent: one that changed meanwhile is sent again. None with a store, which
+    the rows do not leave.
+    """
+    byte_count: builtins.int
+    """Bytes, with all that makes events count once."""
+    def __init__(
+        self,
+        *,
+        partition_count: builtins.int = ...,
+        row_count: builtins.int = ...,
+        byte_count: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["byte_count", b"byte_count", "partition_count", b"partition_count", "row_count", b"row_count"]) -> None: ...
+
+global___MovedState = MovedState
+
+@typing.final
 class MovePartitionsRequest(google.protobuf.message.Message):
     """Asks for a move."""
 
@@ -540,14 +568,21 @@ class MovePartitionsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The topology's epoch after the move."""
+    @property
+    def moved(self) -> global___MovedState:
+        """What went from shard to shard for it."""
+
     def __init__(
         self,
         *,
         epoch: builtins.int = ...,
+        moved: global___MovedState | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["moved", b"moved"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "moved", b"moved"]) -> None: ...
 
 global___MovePartitionsResponse = MovePartitionsResponse
 
@@ -576,14 +611,21 @@ class ScaleShardsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The topology's epoch after the last move."""
+    @property
+    def moved(self) -> global___MovedState:
+        """What went from shard to shard for it."""
+
     def __init__(
         self,
         *,
         epoch: builtins.int = ...,
+        moved: global___MovedState | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["moved", b"moved"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "moved", b"moved"]) -> None: ...
 
 global___ScaleShardsResponse = ScaleShardsResponse
 
@@ -612,13 +654,20 @@ class DrainNodeResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
+    MOVED_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """The topology's epoch after the last move."""
+    @property
+    def moved(self) -> global___MovedState:
+        """What went from shard to shard for it."""
+
     def __init__(
         self,
         *,
         epoch: builtins.int = ...,
+        moved: global___MovedState | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["moved", b"moved"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "moved", b"moved"]) -> None: ...
 
 global___DrainNodeResponse = DrainNodeResponse
