@@ -238,6 +238,7 @@ class Moves(_Handover):
         """
         self._check_epoch(epoch)
         self._arrival = None
+        # It answers by its lease.
         await self.clean(partitions)
         self._check_epoch(epoch)
         self._arrival = _Arrival(move_id, frozenset(partitions))
@@ -304,7 +305,9 @@ class Moves(_Handover):
     async def clean(self, partitions: Sequence[int]) -> None:
         """Forgets the users of partitions that are others'.
 
-        Raises NotMine where this shard owns any of them, or expects them.
+        Raises:
+            NotMine: this shard owns any of them, or expects them.
+            Unavailable: it has no lease. One that has a successor would clean its own state in vain.
         """
         wanted = np.zeros(len(self.frozen), np.bool_)
         wanted[list(partitions)] = True
@@ -329,6 +332,7 @@ class Moves(_Handover):
         await self._writer.between_groups(step)
         while row < self._state.table.users.high_water:
             await self._writer.between_groups(step)
+        self._writer.check_lease()
 
     async def adopt(self, encoded: bytes) -> None:
         """Takes the sums of a shard that is no more, an encoded Adoption; once, however often they come.
