@@ -108,6 +108,8 @@ async def test_without_a_lease_no_step_of_a_move_is_answered() -> None:
             source.moves.finish("m"),
             heir.receive("m", Departure(source._state, range(256)).step()),  # type: ignore[arg-type]
             heir.moves.adopt(sums),
+            heir.moves.expect("n", 7, range(256)),
+            heir.moves.clean([3]),
         ):
             with pytest.raises(Unavailable, match="no lease"):
                 await step
