@@ -311,7 +311,8 @@ class StoredState(Admission):
         """Counts the events of these parts, stores what they change, and lets it be read."""
         writes: dict[int, GroupWrite] = {}
         for part in run:
-            if not part.event_count:
+            # A shard that owns nothing, before its first move or after its last, has nowhere to note it; others have.
+            if not part.event_count and self._groups:
                 self._note_acknowledged(writes, part)
         parts = [part for part in run if part.event_count]
         if not parts:

@@ -156,6 +156,15 @@ async def test_a_producer_hears_from_the_next_owner_up_to_where_it_is_acknowledg
         assert second.shard.acknowledged("nobody") == 0
 
 
+async def test_an_owner_of_nothing_takes_what_producers_say_and_goes_on(url: str) -> None:
+    """As a new shard is before its first move, and one that goes after its last."""
+    async with running(url, owned=()) as stored:
+        await stored.submit(replace(part([], producer="p"), acknowledged_sequence=4))
+        stored.shard.update_topology(8, range(256))
+        await stored.submit(part(["u1"], producer="p", sequence=1), epoch=8)
+        assert await stored.count("u1") == 1
+
+
 async def test_who_was_followed_by_another_owner_writes_nothing(url: str) -> None:
     async with running(url) as old:
         await old.submit(part(["u1"], producer="p", sequence=1))
@@ -288,6 +297,13 @@ async def test_a_replica_that_lacks_the_last_writes_is_noticed(tmp_path: Path) -
             assert await stored.count("u2") == 0
 
 
+async def kill_soon(server: RedisProcess, drawn: Random) -> None:
+    """At any moment of what goes on, and starts it again."""
+    await asyncio.sleep(drawn.uniform(0, 0.01))
+    server.kill()
+    await asyncio.to_thread(server.start)
+
+
 async def test_killed_and_started_again_it_has_every_answer(tmp_path: Path, seed: int) -> None:
     drawn = Random(seed)
     with RedisProcess(tmp_path / "redis") as server:
@@ -295,19 +311,17 @@ async def test_killed_and_started_again_it_has_every_answer(tmp_path: Path, seed
             sent = 0
             for sequence in range(1, 31):
                 batch = part([f"u{drawn.randrange(100)}" for _ in range(50)], producer="p", sequence=sequence)
-                if sequence % 10 == 0:
-                    asyncio.get_running_loop().call_later(drawn.uniform(0, 0.01), server.kill)
+                kill = asyncio.create_task(kill_soon(server, drawn)) if sequence % 10 == 0 else None
                 while True:
                     try:
                         await stored.submit(batch)
                         break
                     except ProfileServiceError:
-                        if server._process.poll() is not None:
-                            await asyncio.to_thread(server.start)
                         await asyncio.sleep(0.05)
                 sent += 50
-                if server._process.poll() is not None:
-                    await asyncio.to_thread(server.start)
+                if kill is not None:
+                    # It may come after the answer.
+                    await kill
             counts = [await stored.count(f"u{n}") for n in range(100)]
             assert sum(counts) == sent == stored.shard.status().event_count
 
