@@ -348,6 +348,11 @@ class RedisStore:
         if answer[0] == b"STALE":
             raise Fenced(f"the partitions have an owner of epoch {_text(answer[1])}, this one is of epoch {epoch}")
 
+    async def written(self, group: int, segment: int) -> tuple[str, int]:
+        """Who owns the segment, epoch:token, and how many writes the store has seen of them; "" and 0 for nobody."""
+        owner, writes = await self._call("HMGET", self.keys.of_group(group, "owners"), segment, f"writes:{segment}")
+        return _text(owner or b""), int(writes or 0)
+
     async def read_group(self, group: int, fingerprint: str) -> GroupState:
         """What a group holds beside rows and producers."""
         counters, population, requests, event_ids = await asyncio.gather(
