@@ -45,16 +45,8 @@ from profile_service.shard.store_records import (
     merged_event_ids,
 )
 from profile_service.storage.fs import DiskFull
-from profile_service.storage.redis_store import (
-    Chunk,
-    GroupState,
-    GroupWrite,
-    Meta,
-    RedisStore,
-    StoreAway,
-    StoreFault,
-    StoreFull,
-)
+from profile_service.storage.redis_client import StoreAway, StoreFault, StoreFull
+from profile_service.storage.redis_store import Chunk, GroupState, GroupWrite, Meta, RedisStore
 from profile_service.wire.apply_request import REQUEST_PREFIX, ApplyPart, decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan

@@ -18,7 +18,8 @@ from profile_service.errors import DataLoss, StartupError
 from profile_service.shard.shard import Shard
 from profile_service.storage.data_directory import DataDirectory, Manifest
 from profile_service.storage.fs import RealFileSystem
-from profile_service.storage.redis_store import RedisStore, StoreUrl
+from profile_service.storage.redis_client import StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from profile_service.wire.apply_request import ApplyPart
 from tests.redis_process import RedisProcess
 from tests.shard import shards, stored

@@ -15,14 +15,14 @@ from profile_service.shard.keeping import NoSnapshots
 from profile_service.shard.shard import Shard
 from profile_service.shard.stored_schema import prepare
 from profile_service.shard.stored_state import StoredState
-from profile_service.storage.redis_store import RedisStore, StoreUrl
+from profile_service.storage.redis_client import StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from profile_service.wire.apply_request import ApplyPart
 from tests.shard.shards import Clock, endless_lease
 from tests.shard.test_shard import SCHEMA
 from userprofile.v1 import profile_pb2
 
-TIMEOUT_S = 2.0
-PATIENCE_S = 20.0
+PATIENCE_S = 30.0
 
 
 class Stored:
@@ -57,10 +57,11 @@ async def running(
     epoch: int = 7,
     clock: Clock | None = None,
     reset_features: Sequence[str] = (),
+    timeout_s: float = PATIENCE_S,
     **capacity: int,
 ) -> AsyncIterator[Stored]:
     bounds = Capacity(**{"event_ids_per_shard": 1024, **capacity})
-    store = RedisStore(StoreUrl.parse(url), timeout_s=TIMEOUT_S)
+    store = RedisStore(StoreUrl.parse(url), timeout_s=timeout_s)
     meta = await prepare(store, schema, reset_features=reset_features, partition_bits=8)
     health, clock = Health(), clock or Clock()
     health.serving()

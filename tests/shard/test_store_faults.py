@@ -16,11 +16,14 @@ from profile_service.errors import ProfileServiceError, StorageFull, Unavailable
 from profile_service.shard.health import FULL, SERVING, STALLED
 from profile_service.wire.apply_request import ApplyPart
 from tests.redis_process import RedisProcess
-from tests.shard.stored import PATIENCE_S, TIMEOUT_S, Stored, running
+from tests.shard.stored import PATIENCE_S, Stored, running
 from tests.shard.test_shard import part
 
-SLOW_S = TIMEOUT_S / 4
-"""Of an answer that is waited for."""
+TIMEOUT_S = 2.0
+"""Where nobody is to wait for longer."""
+
+SLOW_S = 0.5
+"""Where that is waited for."""
 
 
 async def test_nothing_can_be_read_before_it_is_stored(url: str, server: RedisProcess) -> None:
@@ -42,7 +45,7 @@ async def test_nothing_can_be_read_before_it_is_stored(url: str, server: RedisPr
 async def test_a_store_that_pauses_longer_than_anyone_waits_is_told_of_and_counted_once(
     url: str, server: RedisProcess
 ) -> None:
-    async with running(url) as stored:
+    async with running(url, timeout_s=TIMEOUT_S) as stored:
         await stored.submit(part(["u1"], producer="p", sequence=1))
         server.pause()
         try:

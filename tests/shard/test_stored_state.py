@@ -15,7 +15,8 @@ from profile_service.errors import Unavailable
 from profile_service.shard.health import SERVING, STALLED
 from profile_service.shard.shard import Shard
 from profile_service.shard.stored_schema import prepare
-from profile_service.storage.redis_store import RedisStore, StoreUrl
+from profile_service.storage.redis_client import StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from tests.redis_process import RedisProcess
 from tests.shard.shards import NOW_NS, Clock
 from tests.shard.stored import partition_of, running

@@ -10,8 +10,9 @@ import pytest
 import trustme
 
 from profile_service.errors import StartupError
+from profile_service.storage.redis_client import StoreAway, StoreUrl
 from profile_service.storage.redis_keys import GROUPS, Keys
-from profile_service.storage.redis_store import GroupWrite, RedisStore, StoreAway, StoreUrl
+from profile_service.storage.redis_store import GroupWrite, RedisStore
 from tests.redis_process import SERVERS, RedisProcess, free_port
 
 
