@@ -29,6 +29,14 @@ class ProfileServiceError(Exception):
         super().__init__(message)
         self.message = message
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """So that it travels between processes, though a subclass takes other arguments than the message."""
+        return _without_init, (type(self), self.args), vars(self)
+
+
+def _without_init(kind: type[ProfileServiceError], args: tuple[object, ...]) -> ProfileServiceError:
+    return kind.__new__(kind, *args)
+
 
 @dataclass(frozen=True)
 class FieldViolation:

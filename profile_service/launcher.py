@@ -153,7 +153,7 @@ class Service:
         store = open_store(settings)
         from profile_service.cluster.store_lease import StoreLease
         from profile_service.shard.stored_schema import prepare
-        from profile_service.storage.redis_store import StoreFault
+        from profile_service.storage.redis_client import StoreFault
 
         try:
             lease, followed = await StoreLease.take(store, progress, stopped)

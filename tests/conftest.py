@@ -51,14 +51,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keeps together what shares a service: all that use the one of tests/e2e, and otherwise the tests of a file.
+    """Keeps together what shares a service: all that use the same one of tests/e2e, and otherwise the tests of a file.
 
     So as many services run at a time as there are workers, and no worker is idle while another has all the services
     before it.
     """
     if any(item.path.is_relative_to(path) for path in STARTS_THE_SERVICE):
         shares = item.path.parent.name == "e2e" and "service" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("service" if shares else item.path.stem))
+        store = item.callspec.params.get("service", "local") if hasattr(item, "callspec") else "local"
+        item.add_marker(pytest.mark.xdist_group(f"service, {store}" if shares else item.path.stem))
 
 
 @pytest.fixture(scope="session")

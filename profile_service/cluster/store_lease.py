@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 from profile_service.errors import StartupError
 from profile_service.storage.data_directory import Holder
-from profile_service.storage.redis_store import LEASE_MS, RedisStore, StoreFault, StoreUrl
+from profile_service.storage.redis_client import StoreFault, StoreUrl
+from profile_service.storage.redis_store import LEASE_MS, RedisStore
 
 RENEW_S = 1.0
 POLL_S = 0.1

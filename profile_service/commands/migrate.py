@@ -33,7 +33,7 @@ def migrate(
     from profile_service.commands.terminal import stderr, stdout
     from profile_service.config import default_shards
     from profile_service.errors import StartupError
-    from profile_service.storage.redis_store import StoreUrl
+    from profile_service.storage.redis_client import StoreUrl
 
     if ("://" in source) == ("://" in target):
         raise StartupError("one of FROM and TO must be a data directory, and the other the URL of a store (redis://…)")

@@ -213,7 +213,7 @@ class ShardProcess:
         from profile_service.shard.store_opening import open_store
         from profile_service.shard.stored_schema import meta_of
         from profile_service.shard.stored_state import StoredState
-        from profile_service.storage.redis_store import StoreFault
+        from profile_service.storage.redis_client import StoreFault
 
         store, capacity = open_store(self._settings), self._settings.capacity
         # What the process before still writes, the store refuses as soon as this one has claimed its partitions.

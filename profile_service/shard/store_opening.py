@@ -17,7 +17,8 @@ def open_store(settings: Settings) -> RedisStore:
     Raises StartupError where the URL is none, or what it takes is not installed.
     """
     try:
-        from profile_service.storage.redis_store import RedisStore, StoreUrl
+        from profile_service.storage.redis_client import StoreUrl
+        from profile_service.storage.redis_store import RedisStore
     except ModuleNotFoundError as error:
         raise StartupError(
             f"--store {settings.storage.store.partition(':')[0]}://… needs the package {error.name}: install "
@@ -30,6 +31,6 @@ def shown_store(settings: Settings) -> str:
     """Where profiles live, as it may be shown: without the password."""
     if settings.storage.is_local:
         return settings.storage.store
-    from profile_service.storage.redis_store import StoreUrl
+    from profile_service.storage.redis_client import StoreUrl
 
     return StoreUrl.parse(settings.storage.store).shown

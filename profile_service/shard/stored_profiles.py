@@ -13,7 +13,8 @@ from profile_service.domain.packed_profiles import PackedProfiles
 from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
 from profile_service.errors import Unavailable
-from profile_service.storage.redis_store import RedisStore, StoreFault
+from profile_service.storage.redis_client import StoreFault
+from profile_service.storage.redis_store import RedisStore
 
 POPULATION_AGE_S = 1.0
 """How old the population may be by which likelihoods are told; the contract allows twice as much."""

@@ -45,17 +45,8 @@ from profile_service.shard.store_records import (
     merged_event_ids,
 )
 from profile_service.storage.fs import DiskFull
-from profile_service.storage.redis_store import (
-    Chunk,
-    GroupState,
-    GroupWrite,
-    Meta,
-    RedisStore,
-    StoreAway,
-    StoreBehind,
-    StoreFault,
-    StoreFull,
-)
+from profile_service.storage.redis_client import StoreAway, StoreFault, StoreFull
+from profile_service.storage.redis_store import Chunk, GroupState, GroupWrite, Meta, RedisStore
 from profile_service.wire.apply_request import REQUEST_PREFIX, ApplyPart, decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
@@ -180,9 +171,13 @@ class StoredState(Admission):
             raise Unavailable(fault.message, retry_after_s=0.5) from fault
 
     async def _claim(self, epoch: int, owned: NDArray[np.bool_]) -> None:
-        self._lost = True
+        was_lost, self._lost = self._lost, True
         if await self._store.read_meta() is None:
             await self._make_anew()
+        elif was_lost and self._owner:
+            await self._look_for_losses()
+        # From the first claim on nothing can be told of who owned it before.
+        self._owner = ""
         owner = f"{epoch}:{secrets.token_hex(8)}"
         partitions = np.flatnonzero(owned)
         by_group = {
@@ -200,6 +195,18 @@ class StoredState(Admission):
         }
         self._load_dedupe(held, await self._store.carried())
         self._owned, self._owner, self._lost = owned, owner, False
+
+    async def _look_for_losses(self) -> None:
+        """Whether the store has what this owner wrote: a replica that took over may lack the last of it."""
+        groups = list(self._groups.values())
+        found = await asyncio.gather(*(self._store.written(group.number, group.segment) for group in groups))
+        for group, (owner, writes) in zip(groups, found, strict=True):
+            # Another owner of no later epoch is one from before this one's claim.
+            kept = writes >= group.writes if owner == self._owner else _epoch_of(owner) > _epoch_of(self._owner)
+            if group.writes and not kept:
+                self.remark = "the store has lost its last writes; profiles are as it has them"
+                logger.critical("%s: %s", self._store.url.shown, self.remark)
+                return
 
     async def _make_anew(self) -> None:
         """The store was emptied, or has come back without what it held."""
@@ -257,8 +264,6 @@ class StoredState(Admission):
     def _interrupted(self, fault: StoreFault) -> Interrupted:
         self._lost = True
         self._full = isinstance(fault, StoreFull)
-        if isinstance(fault, StoreBehind):
-            self.remark = "the store has lost its last writes; profiles are as it has them"
         return Interrupted(fault.message, full=self._full)
 
     # --- what the commit loop calls ---
@@ -311,7 +316,8 @@ class StoredState(Admission):
         """Counts the events of these parts, stores what they change, and lets it be read."""
         writes: dict[int, GroupWrite] = {}
         for part in run:
-            if not part.event_count:
+            # A shard that owns nothing, before its first move or after its last, has nowhere to note it; others have.
+            if not part.event_count and self._groups:
                 self._note_acknowledged(writes, part)
         parts = [part for part in run if part.event_count]
         if not parts:
@@ -505,6 +511,11 @@ class _Events:
     partition: NDArray[np.int64]
     group: NDArray[np.int64]
     received_ns: NDArray[np.int64]
+
+
+def _epoch_of(owner: str) -> int:
+    """Of epoch:token; 0 where there is none."""
+    return int(owner.partition(":")[0] or 0)
 
 
 def _runs(parts: Sequence[ApplyPart]) -> Iterator[list[ApplyPart]]:

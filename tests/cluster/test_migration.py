@@ -18,10 +18,11 @@ from profile_service.errors import DataLoss, StartupError
 from profile_service.shard.shard import Shard
 from profile_service.storage.data_directory import DataDirectory, Manifest
 from profile_service.storage.fs import RealFileSystem
-from profile_service.storage.redis_store import RedisStore, StoreUrl
+from profile_service.storage.redis_client import StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from profile_service.wire.apply_request import ApplyPart
 from tests.redis_process import RedisProcess
-from tests.shard import shards, test_stored_state
+from tests.shard import shards, stored
 from tests.shard.shards import Clock
 from tests.shard.test_shard import SCHEMA, part
 from userprofile.v1 import event_service_pb2
@@ -70,7 +71,7 @@ async def fill(directory: DataDirectory, given: Sequence[ApplyPart]) -> None:
 
 async def submit_owned(shard: Shard, given: ApplyPart, owned: set[int], epoch: int = 7) -> None:
     request = event_service_pb2.IngestEventsRequest.FromString(bytes(given.events))
-    mine = [event for event in request.events if test_stored_state._partition(event.user_id) in owned]
+    mine = [event for event in request.events if stored.partition_of(event.user_id) in owned]
     kept = event_service_pb2.IngestEventsRequest(events=mine)
     share = replace(given, events=kept.SerializeToString(), event_count=len(mine))
     await shard.submit([share], share.size_bytes, epoch)
@@ -92,15 +93,17 @@ async def test_all_comes_over_and_back_and_is_counted_once_on_either_side(server
     again = await to_store(tmp_path / "second", StoreUrl.parse(urls[1]), progress)
     assert sent == back == again
     # Whoever starts on either counts nothing again.
-    async with test_stored_state.running(urls[0], epoch=8) as stored:
+    async with stored.running(urls[0], epoch=8) as follower:
         for one in given:
-            await stored.submit(one, epoch=8)
-        status = stored.shard.status()
+            await follower.submit(one, epoch=8)
+        status = follower.shard.status()
         assert (status.event_count, status.user_count, status.duplicate_count) == (670, 300, 670)
-        assert await stored.count("u7") == 4
+        assert await follower.count("u7") == 4
         # By its id alone.
-        await stored.submit(replace(part(["u3"], event_ids=["e3"]), arrival_time_ns=given[0].arrival_time_ns), epoch=8)
-        assert stored.shard.status().duplicate_count == 671
+        await follower.submit(
+            replace(part(["u3"], event_ids=["e3"]), arrival_time_ns=given[0].arrival_time_ns), epoch=8
+        )
+        assert follower.shard.status().duplicate_count == 671
     directory = DataDirectory.open_existing(RealFileSystem(), tmp_path / "second")
     assert directory.epoch() >= 5
     await fill(directory, given)

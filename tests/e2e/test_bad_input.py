@@ -15,6 +15,7 @@ from google.protobuf import json_format
 
 from tests.e2e.calls import Failure, GrpcCaller, HttpCaller, delimited, new_user
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import IN_BOTH_STORES
 from userprofile.v1 import event_pb2, event_service_pb2, profile_service_pb2
 
 DECLARED_TYPES = ("view", "favorite", "contact")
@@ -212,6 +213,7 @@ def test_damage_outside_of_events_refuses_the_batch_and_counts_none_of_it(rpc: G
 # --- what is just within the limits ---
 
 
+@IN_BOTH_STORES
 def test_what_reaches_a_limit_and_does_not_exceed_it_is_taken(rpc: GrpcCaller) -> None:
     edge = new_user("u").ljust(256, "u")
     events = [
@@ -231,6 +233,7 @@ def test_what_reaches_a_limit_and_does_not_exceed_it_is_taken(rpc: GrpcCaller) -
     assert profile.features["last_search"].latest.value == "q" * 1024
 
 
+@IN_BOTH_STORES
 def test_ten_thousand_events_are_a_batch(rpc: GrpcCaller) -> None:
     user = new_user()
     one = delimited(1, delimited(1, user.encode()) + VIEW)
@@ -442,6 +445,7 @@ def test_an_unknown_query_parameter_is_refused_by_name(rest: HttpCaller) -> None
     assert "feature" in answer.body["message"]
 
 
+@IN_BOTH_STORES
 def test_missing_users_of_a_batch_read_are_named_and_no_error(rpc: GrpcCaller, rest: HttpCaller) -> None:
     known, unknown = new_user(), new_user("stranger")
     rpc.ingest(encoded_batch([good_event(known)]))

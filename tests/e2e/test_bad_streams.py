@@ -8,8 +8,11 @@ import pytest
 
 from tests.e2e.calls import GrpcCaller, HttpCaller, delimited, new_user
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import IN_BOTH_STORES
 from userprofile.v1 import event_pb2
 from userprofile.v1.event_service_pb2 import StreamEventsRequest
+
+pytestmark = IN_BOTH_STORES
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from profile_service.sample import Sample, load_sample
 from profile_service.sample.listings import COLORS
 from profile_service.sample.shoppers import shopper_id
 from tests.e2e.serving import ServeProcess, run
+from tests.e2e.stores import IN_BOTH_STORES
 from userprofile.v1 import profile_pb2, profile_service_pb2, profile_service_pb2_grpc
 
 ENOUGH_EVENTS = 40
@@ -59,6 +60,7 @@ def share(hits: list[bool], what: str) -> float:
     return float(np.mean(hits))
 
 
+@IN_BOTH_STORES
 def test_the_likeliest_colors_are_the_hidden_ones(found: dict[int, profile_pb2.Profile], sample: Sample) -> None:
     hits = []
     for shopper, profile in found.items():
@@ -68,6 +70,7 @@ def test_the_likeliest_colors_are_the_hidden_ones(found: dict[int, profile_pb2.P
     assert share(hits, "the likeliest colours are exactly the hidden ones") >= 0.98
 
 
+@IN_BOTH_STORES
 def test_the_heaviest_makes_are_the_hidden_ones(found: dict[int, profile_pb2.Profile], sample: Sample) -> None:
     hits = []
     for shopper, profile in found.items():
@@ -76,6 +79,7 @@ def test_the_heaviest_makes_are_the_hidden_ones(found: dict[int, profile_pb2.Pro
     assert share(hits, "the heaviest makes are exactly the hidden ones") >= 0.98
 
 
+@IN_BOTH_STORES
 @pytest.mark.parametrize("feature", ["price", "mileage"])
 def test_the_middle_half_lies_in_the_hidden_band(
     found: dict[int, profile_pb2.Profile], sample: Sample, feature: str

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e.serving import ServeProcess, run
+from tests.e2e.stores import IN_BOTH_STORES
 from userprofile.v1 import profile_pb2, profile_service_pb2, profile_service_pb2_grpc
 
 NOW_S = 1_780_000_000
@@ -46,6 +47,7 @@ def cars(users: Sequence[str | None], **columns: Any) -> pa.Table:
     return pa.table({**usual, "color": ["red"] * count, "price": [12_900.0] * count, **columns})
 
 
+@IN_BOTH_STORES
 @pytest.mark.parametrize("kind", ["parquet", "csv", "ndjson"])
 def test_a_file_of_any_kind_becomes_profiles(service: ServeProcess, tmp_path: Path, kind: str) -> None:
     users = [f"{kind}-{i % 7}" for i in range(1_000)]
@@ -98,6 +100,7 @@ def test_what_is_refused_is_told_by_reason_with_its_rows(service: ServeProcess, 
     assert "attributes.price" in shown.stdout
 
 
+@IN_BOTH_STORES
 def test_the_same_file_again_is_not_counted_again(service: ServeProcess, tmp_path: Path) -> None:
     path = tmp_path / "events.parquet"
     pq.write_table(cars(["again"] * 500), path)
@@ -109,6 +112,7 @@ def test_the_same_file_again_is_not_counted_again(service: ServeProcess, tmp_pat
     assert counted(service, "again") == 1_000
 
 
+@IN_BOTH_STORES
 def test_a_file_that_is_held_tells_what_of_it_was_refused_all_the_same(service: ServeProcess, tmp_path: Path) -> None:
     path = tmp_path / "events.parquet"
     pq.write_table(cars(["refused-before"] * 90 + ["u" * 300] * 10), path)
@@ -154,9 +158,10 @@ def test_rows_too_large_for_one_message_go_in_several(service: ServeProcess, tmp
     assert counted(service, "large") == 392
 
 
+@IN_BOTH_STORES
 def test_an_interrupted_run_goes_on_without_counting_an_event_twice(service: ServeProcess, tmp_path: Path) -> None:
     users = [f"interrupted-{i}" for i in range(20)]
-    rows = 600_000
+    rows = 300_000
     path = tmp_path / "events.parquet"
     pq.write_table(cars([users[i % len(users)] for i in range(rows)]), path)
     command = [sys.executable, "-m", "profile_service", "ingest", str(path), "--address", service.grpc_address]
@@ -211,6 +216,7 @@ def test_a_file_without_the_columns_is_refused_before_anything_is_sent(service: 
     assert ingest(service, bad, *flags)["accepted"] == 1
 
 
+@IN_BOTH_STORES
 def test_get_shows_a_profile_as_tables_and_as_json(service: ServeProcess, tmp_path: Path) -> None:
     user = "a/b:c \u00e9\x1b[31m"
     path = tmp_path / "events.parquet"
@@ -254,6 +260,7 @@ def test_an_unknown_user_and_an_unknown_feature_are_named(service: ServeProcess)
         assert part in done.stderr
 
 
+@IN_BOTH_STORES
 def test_status_shows_the_shards_and_the_totals(service: ServeProcess) -> None:
     facts = json.loads(run("status", "--json", "--address", service.grpc_address).stdout)
     assert facts["schemaName"] == "marketplace"

@@ -15,6 +15,7 @@ import pytest
 from tests.e2e import serving
 from tests.e2e.calls import Failure, GrpcCaller, delimited
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import STORES, stored_in
 from userprofile.v1 import event_service_pb2, profile_pb2
 
 # Each starts a service several times, which on a fresh machine compiles its kernels first.
@@ -81,12 +82,15 @@ def features(encoded: dict[str, bytes], *names: str) -> dict[str, dict[str, prof
     return {user: {name: profile.features[name] for name in names} for user, profile in parsed.items()}
 
 
+@pytest.mark.parametrize("store", STORES)
 def test_profiles_are_the_same_to_the_last_byte_through_kills_stops_and_a_changed_schema(
-    seed: int, tmp_path: Path
+    seed: int, tmp_path: Path, store: str
 ) -> None:
-    random = Random(seed)
-    schema = schema_file(tmp_path, SCHEMA)
-    flags = ("--data-dir", str(tmp_path / "data"), "--schema", schema)
+    with stored_in(store, tmp_path) as where:
+        check_that_profiles_last(Random(seed), tmp_path, *where, "--schema", schema_file(tmp_path, SCHEMA))
+
+
+def check_that_profiles_last(random: Random, directory: Path, *flags: str) -> None:
     with ServeProcess(*flags, "--shards", "2") as service:
         send(service, random, 3)
         snapshot = serving.run("snapshot", "--address", service.grpc_address)
@@ -94,21 +98,16 @@ def test_profiles_are_the_same_to_the_last_byte_through_kills_stops_and_a_change
         send(service, random, 2)
         before = profiles(service)
         service.kill()
-    # From a snapshot and the log behind it.
-    with ServeProcess(*flags) as service:
-        assert profiles(service) == before
-        send(service, random, 1)
-        before = profiles(service)
-        assert service.stop() == 0, service.output
 
     otherwise = SCHEMA.replace("count: 10", "count: 20").replace("  color: ", "  likes: {kind: counter}\n  color: ")
-    schema_file(tmp_path, otherwise)
+    schema_file(directory, otherwise)
     refused = serving.run("serve", *flags, "--grpc-port", "0", "--http-port", "0")
     assert refused.returncode == 1
     assert "price" in refused.stderr
     assert "--reset-feature price" in refused.stderr
     assert "Traceback" not in refused.stderr
 
+    # Local, from a snapshot and the log behind it.
     with ServeProcess(*flags, "--reset-feature", "price") as service:
         after = profiles(service)
         assert features(after, *KEPT) == features(before, *KEPT)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.e2e.serving import ServeProcess, run
+from tests.e2e.stores import STORES, stored_in
 from userprofile.v1 import profile_service_pb2, profile_service_pb2_grpc
 
 USERS = 50
@@ -32,7 +33,7 @@ OWN_SHARE = 0.13
 
 @dataclass
 class Restartable:
-    """A service at one address, over one data directory, that can be killed as a whole and started again."""
+    """A service at one address, over one store, that can be killed as a whole and started again."""
 
     flags: tuple[str, ...]
     address: str
@@ -58,17 +59,22 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
+WITH_EITHER_STORE = pytest.mark.parametrize("restartable", STORES, indirect=True, scope="module")
+"""Of what the service has to know again after it was killed."""
+
+
 @pytest.fixture(scope="module")
-def restartable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
-    flags = ("--shards", "2", "--data-dir", str(tmp_path_factory.mktemp("resume")))
-    process = ServeProcess(*flags)
-    address = process.grpc_address
-    # Again at the port that it drew.
-    service = Restartable((*flags, "--grpc-port", address.rpartition(":")[2]), address, process)
-    try:
-        yield service
-    finally:
-        service.kill()
+def restartable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
+    with stored_in(getattr(request, "param", "local"), tmp_path_factory.mktemp("resume")) as where:
+        flags = ("--shards", "2", *where)
+        process = ServeProcess(*flags)
+        address = process.grpc_address
+        # Again at the port that it drew.
+        service = Restartable((*flags, "--grpc-port", address.rpartition(":")[2]), address, process)
+        try:
+            yield service
+        finally:
+            service.kill()
 
 
 @dataclass
@@ -170,6 +176,7 @@ def test_it_goes_on_after_it_was_ended_again_and_again(
     shop.check(restartable, tally)
 
 
+@WITH_EITHER_STORE
 @pytest.mark.parametrize("name", ["ray::FrontendActor", "ray::ShardActor"])
 def test_it_does_not_notice_that_a_process_of_the_service_is_killed(
     restartable: Restartable, shop: Shop, seed: int, name: str
@@ -184,6 +191,7 @@ def test_it_does_not_notice_that_a_process_of_the_service_is_killed(
     shop.check(restartable, tally)
 
 
+@WITH_EITHER_STORE
 def test_it_waits_for_a_service_that_was_killed_as_a_whole(restartable: Restartable, shop: Shop) -> None:
     process = begin(restartable, shop)
     wait_for_progress(restartable, shop, 0.1)
@@ -212,6 +220,7 @@ def test_it_goes_on_after_everything_was_killed(restartable: Restartable, shop: 
     shop.check(restartable, tally)
 
 
+@WITH_EITHER_STORE
 def test_of_two_that_send_the_same_file_the_later_goes_on(restartable: Restartable, shop: Shop) -> None:
     earlier = begin(restartable, shop)
     wait_for_progress(restartable, shop, 0.1)

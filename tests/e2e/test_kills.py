@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from profile_service.storage.redis_store import TIMEOUT_S
+from profile_service.storage.redis_client import TIMEOUT_S
 from tests.e2e.known_load import (
     PATIENCE_S,
     KnownLoad,

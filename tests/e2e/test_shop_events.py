@@ -17,6 +17,7 @@ from tests.e2e import serving
 from tests.e2e.calls import GrpcCaller, delimited
 from tests.e2e.serving import ServeProcess
 from tests.e2e.shop_events import ShopFile, write_shop_events
+from tests.e2e.stores import STORES, stored_in
 
 # It starts a service of its own, which on a fresh machine compiles its kernels first.
 pytestmark = pytest.mark.timeout(400)
@@ -31,9 +32,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory, seed: int) -> ShopFile:
     return write_shop_events(tmp_path_factory.mktemp("shop") / "events.parquet", seed, ROWS, USERS)
 
 
-@pytest.fixture(scope="module")
-def retail() -> Iterator[ServeProcess]:
-    with ServeProcess("--schema", "retail") as process:
+@pytest.fixture(scope="module", params=STORES)
+def retail(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    with (
+        stored_in(request.param, tmp_path_factory.mktemp("retail")) as where,
+        ServeProcess("--schema", "retail", *where) as process,
+    ):
         yield process
 
 

@@ -16,6 +16,7 @@ import pytest
 from tests.e2e import serving
 from tests.e2e.calls import Failure, GrpcCaller, HttpCaller, delimited, failure_of, new_user
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import STORES, stored_in
 from userprofile.v1 import event_pb2
 from userprofile.v1.event_service_pb2 import StreamEventsRequest
 
@@ -61,8 +62,13 @@ class KeenProducer(threading.Thread):
             self._caller.channel.close()
 
 
-def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing_behind() -> None:
-    with ServeProcess() as service, GrpcCaller(service.grpc_address) as rpc:
+@pytest.mark.parametrize("store", STORES)
+def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing_behind(store: str, tmp_path: Path) -> None:
+    with (
+        stored_in(store, tmp_path) as where,
+        ServeProcess(*where) as service,
+        GrpcCaller(service.grpc_address) as rpc,
+    ):
         producers = [KeenProducer(service.grpc_address) for _ in range(2)]
         for producer in producers:
             producer.start()

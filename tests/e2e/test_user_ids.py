@@ -10,6 +10,9 @@ import pytest
 
 from tests.e2e.calls import GrpcCaller, HttpCaller, new_user
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import IN_BOTH_STORES
+
+pytestmark = IN_BOTH_STORES
 
 
 @pytest.fixture

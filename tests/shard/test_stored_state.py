@@ -4,106 +4,24 @@ stored; who is no longer the owner writes nothing."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import pytest
-import xxhash
 
-from profile_service.config import Capacity
 from profile_service.domain.population import Population
-from profile_service.domain.schema import Schema, parse_schema
-from profile_service.errors import ProfileServiceError, StorageFull, Unavailable
-from profile_service.shard.health import FULL, SERVING, STALLED, Health
-from profile_service.shard.keeping import NoSnapshots
+from profile_service.domain.schema import parse_schema
+from profile_service.errors import Unavailable
+from profile_service.shard.health import SERVING, STALLED
 from profile_service.shard.shard import Shard
 from profile_service.shard.stored_schema import prepare
-from profile_service.shard.stored_state import StoredState
-from profile_service.storage.redis_store import RedisStore, StoreUrl
-from profile_service.wire.apply_request import ApplyPart
+from profile_service.storage.redis_client import StoreUrl
+from profile_service.storage.redis_store import RedisStore
 from tests.redis_process import RedisProcess
-from tests.shard.shards import NOW_NS, Clock, endless_lease
+from tests.shard.shards import NOW_NS, Clock
+from tests.shard.stored import partition_of, running
 from tests.shard.test_shard import SCHEMA, part
 from userprofile.v1 import profile_pb2
-
-TIMEOUT_S = 1.0
-PATIENCE_S = 20.0
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    """One for the module; each test has a prefix of its own."""
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
-        yield process
-
-
-@pytest.fixture
-def url(server: RedisProcess, request: pytest.FixtureRequest) -> str:
-    return f"{server.url}?prefix={request.node.name}"
-
-
-class Stored:
-    """A shard on a store, and how it does."""
-
-    def __init__(self, shard: Shard, state: StoredState, store: RedisStore, health: Health) -> None:
-        self.shard = shard
-        self.state = state
-        self.store = store
-        self.health = health
-
-    async def submit(self, given: ApplyPart, epoch: int = 7) -> None:
-        await self.shard.submit([given], 100, epoch)
-
-    async def count(self, user: str) -> int:
-        await self.shard.bring([user])
-        profile = self.shard.read([user], [])[0]
-        return profile_pb2.Profile.FromString(profile).event_count if profile else 0
-
-    async def until(self, what: Callable[[], bool]) -> None:
-        async with asyncio.timeout(PATIENCE_S):
-            while not what():  # noqa: ASYNC110  what is waited for has no event
-                await asyncio.sleep(0.02)
-
-
-@asynccontextmanager
-async def running(
-    url: str,
-    *,
-    schema: Schema = SCHEMA,
-    owned: Sequence[int] = range(256),
-    epoch: int = 7,
-    clock: Clock | None = None,
-    reset_features: Sequence[str] = (),
-    **capacity: int,
-) -> AsyncIterator[Stored]:
-    bounds = Capacity(**{"event_ids_per_shard": 1024, **capacity})
-    store = RedisStore(StoreUrl.parse(url), timeout_s=TIMEOUT_S)
-    meta = await prepare(store, schema, reset_features=reset_features, partition_bits=8)
-    health, clock = Health(), clock or Clock()
-    health.serving()
-    state = StoredState(schema, store, meta, capacity=bounds, clock=clock)
-    shard = Shard(
-        3,
-        partition_bits=8,
-        owned=owned,
-        epoch=epoch,
-        state=state,
-        log=state,
-        snapshotter=NoSnapshots(),
-        capacity=bounds,
-        clock=clock,
-        health=health,
-        lease=endless_lease(),
-    )
-    writer = asyncio.create_task(shard.run())
-    try:
-        yield Stored(shard, state, store, health)
-    finally:
-        await shard.close()
-        await writer
 
 
 async def test_what_is_answered_is_stored_and_counted_once_by_whoever_owns_it_next(url: str) -> None:
@@ -156,6 +74,15 @@ async def test_a_producer_hears_from_the_next_owner_up_to_where_it_is_acknowledg
         assert second.shard.acknowledged("nobody") == 0
 
 
+async def test_an_owner_of_nothing_takes_what_producers_say_and_goes_on(url: str) -> None:
+    """As a new shard is before its first move, and one that goes after its last."""
+    async with running(url, owned=()) as stored:
+        await stored.submit(replace(part([], producer="p"), acknowledged_sequence=4))
+        stored.shard.update_topology(8, range(256))
+        await stored.submit(part(["u1"], producer="p", sequence=1), epoch=8)
+        assert await stored.count("u1") == 1
+
+
 async def test_who_was_followed_by_another_owner_writes_nothing(url: str) -> None:
     async with running(url) as old:
         await old.submit(part(["u1"], producer="p", sequence=1))
@@ -182,7 +109,7 @@ async def test_two_owners_of_one_partition_group_keep_out_of_each_others_way(url
         sent: dict[str, int] = {}
         for sequence in range(1, 11):
             for owner in (even, odd):
-                mine = [user for user in users if owner.shard._owned[_partition(user)]]
+                mine = [user for user in users if owner.shard._owned[partition_of(user)]]
                 chosen = [drawn.choice(mine) for _ in range(40)]
                 for user in chosen:
                     sent[user] = sent.get(user, 0) + 1
@@ -195,121 +122,6 @@ async def test_two_owners_of_one_partition_group_keep_out_of_each_others_way(url
         status = whole.shard.status()
         assert (status.event_count, status.user_count) == (sum(sent.values()), len(sent))
         assert {user: await whole.count(user) for user in sent} == sent
-
-
-def _partition(user: str) -> int:
-    return int(xxhash.xxh64_intdigest(user.encode()) >> 56)
-
-
-async def test_nothing_can_be_read_before_it_is_stored(url: str, server: RedisProcess) -> None:
-    async with running(url) as stored:
-        await stored.submit(part(["u1"]))
-        server.pause()
-        try:
-            second = asyncio.create_task(stored.submit(part(["u1", "u2"])))
-            await asyncio.sleep(0.2)
-            assert not second.done()
-            assert await stored.count("u1") == 1
-            server.resume()
-            await second
-            assert await stored.count("u1") == 2
-        finally:
-            server.resume()
-
-
-async def test_a_store_that_pauses_longer_than_anyone_waits_is_told_of_and_counted_once(
-    url: str, server: RedisProcess
-) -> None:
-    async with running(url) as stored:
-        await stored.submit(part(["u1"], producer="p", sequence=1))
-        server.pause()
-        try:
-            with pytest.raises(Unavailable, match="does not answer"):
-                await stored.submit(part(["u1"], producer="p", sequence=2))
-            assert stored.health.state == STALLED
-            with pytest.raises(Unavailable):
-                await stored.submit(part(["u1"], producer="p", sequence=2))
-        finally:
-            server.resume()
-        await stored.until(lambda: stored.health.state == SERVING)
-        # The pause over, Redis has run what it was sent.
-        await stored.submit(part(["u1"], producer="p", sequence=2))
-        assert await stored.count("u1") == 2
-        assert stored.shard.status().event_count == 2
-
-
-async def test_a_full_store_refuses_writes_serves_reads_and_goes_on_by_itself(url: str, server: RedisProcess) -> None:
-    async with running(url) as stored:
-        await stored.submit(part(["u1"], producer="p", sequence=1))
-        server.client.config_set("maxmemory", 1)
-        try:
-            with pytest.raises(StorageFull, match="no memory"):
-                await stored.submit(part(["u1"], producer="p", sequence=2))
-            assert stored.health.state == FULL
-            assert "maxmemory" in stored.health.message
-            assert await stored.count("u1") == 1
-        finally:
-            server.client.config_set("maxmemory", 0)
-        await stored.until(lambda: stored.health.state == SERVING)
-        await stored.submit(part(["u1"], producer="p", sequence=2))
-        assert await stored.count("u1") == 2
-
-
-async def test_a_store_that_comes_back_empty_is_told_of_and_used(tmp_path: Path) -> None:
-    with RedisProcess(tmp_path / "redis") as server:
-        async with running(server.url) as stored:
-            await stored.submit(part(["u1"], producer="p", sequence=1))
-            server.empty()
-            server.start()
-            with pytest.raises(Unavailable):
-                await stored.submit(part(["u1"], producer="p", sequence=2))
-            await stored.until(lambda: stored.health.state == SERVING)
-            assert "empty" in stored.health.message
-            await stored.submit(part(["u1"], producer="p", sequence=2))
-            assert await stored.count("u1") == 1
-            assert stored.shard.status().event_count == 1
-
-
-async def test_a_replica_that_lacks_the_last_writes_is_noticed(tmp_path: Path) -> None:
-    """Its data as of a moment before: a failover to a replica that was behind."""
-    with RedisProcess(tmp_path / "redis") as server:
-        async with running(server.url) as stored:
-            await stored.submit(part(["u1"], producer="p", sequence=1))
-            dumps = {key: dump for key in server.client.keys("*") if (dump := server.client.dump(key)) is not None}
-            await stored.submit(part(["u1", "u2"], producer="p", sequence=2))
-            server.client.flushall()
-            for key, dump in dumps.items():
-                server.client.restore(key, 0, dump)
-            with pytest.raises(Unavailable, match="has lost the last ones"):
-                await stored.submit(part(["u1"], producer="p", sequence=3))
-            await stored.until(lambda: stored.health.state == SERVING)
-            assert "lost its last writes" in stored.health.message
-            assert await stored.count("u1") == 1
-            assert await stored.count("u2") == 0
-
-
-async def test_killed_and_started_again_it_has_every_answer(tmp_path: Path, seed: int) -> None:
-    drawn = Random(seed)
-    with RedisProcess(tmp_path / "redis") as server:
-        async with running(server.url) as stored:
-            sent = 0
-            for sequence in range(1, 31):
-                batch = part([f"u{drawn.randrange(100)}" for _ in range(50)], producer="p", sequence=sequence)
-                if sequence % 10 == 0:
-                    asyncio.get_running_loop().call_later(drawn.uniform(0, 0.01), server.kill)
-                while True:
-                    try:
-                        await stored.submit(batch)
-                        break
-                    except ProfileServiceError:
-                        if server._process.poll() is not None:
-                            await asyncio.to_thread(server.start)
-                        await asyncio.sleep(0.05)
-                sent += 50
-                if server._process.poll() is not None:
-                    await asyncio.to_thread(server.start)
-            counts = [await stored.count(f"u{n}") for n in range(100)]
-            assert sum(counts) == sent == stored.shard.status().event_count
 
 
 async def test_a_profile_is_forgotten_at_its_ttl_by_the_store_and_near_it(url: str, server: RedisProcess) -> None:

@@ -10,9 +10,10 @@ import pytest
 import trustme
 
 from profile_service.errors import StartupError
+from profile_service.storage.redis_client import StoreAway, StoreUrl
 from profile_service.storage.redis_keys import GROUPS, Keys
-from profile_service.storage.redis_store import GroupWrite, RedisStore, StoreAway, StoreUrl
-from tests.redis_process import RedisProcess, free_port
+from profile_service.storage.redis_store import GroupWrite, RedisStore
+from tests.redis_process import SERVERS, RedisProcess, free_port
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,7 @@ async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path, authority: t
         store = RedisStore(StoreUrl.parse(url), 8)
         assert await store.read_meta() is None
         assert await store.sync_mode() == "always"
+        await use(store, 3)
         await store.close()
         for wrong in (url.replace("secret", "guess"), f"rediss://:secret@localhost:{tls_port}/0"):
             store = RedisStore(StoreUrl.parse(wrong), 8)
@@ -98,11 +100,53 @@ async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path, authority: t
             await store.close()
 
 
-async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path) -> None:
+async def use(store: RedisStore, group: int) -> None:
+    """Everything that is done with a group."""
+    partitions = [p for p in range(256) if store.keys.group_of(p) == group]
+    await store.claim(group, partitions, partitions[0], "3:me")
+    users = [f"{group}-{n}".encode() for n in range(50)]
+    await store.write(
+        "3:me",
+        GroupWrite(
+            group=group,
+            partitions=partitions,
+            segment=partitions[0],
+            writes=0,
+            fingerprint="f",
+            row_ms=60_000,
+            producer_ms=60_000,
+            population=b"sums",
+            new_users=50,
+            producers={"p": {str(partitions[0]): 7}},
+            user_ids=users,
+            rows=[b"row " + user for user in users],
+        ),
+    )
+    assert await store.written(group, partitions[0]) == ("3:me", 1)
+    assert await store.written(group, 999) == ("", 0)
+    assert await store.fetch(group, "f", [*users, b"nobody"]) == [*(b"row " + user for user in users), None]
+    assert await store.read_producers(group, ["p", "q"]) == [{str(partitions[0]): 7}, {}]
+    held = await store.read_group(group, "f")
+    assert (held.population, held.users) == ({partitions[0]: b"sums"}, {partitions[0]: 50})
+    seen = [user async for piece in store.scan_rows(group, "f") for user in piece]
+    assert sorted(set(seen)) == sorted(users)
+    await store.move_rows(group, "f", "g", users, [b"new"] * 50, [0] * 50)
+    assert await store.fetch(group, "g", users[:1]) == [b"new"]
+    assert await store.fetch(group, "f", users) == [None] * 50
+    await store.move_population(group, "f", "g", {partitions[0]: b"sums of g"})
+    assert await store.read_population(group, "f") == {}
+    assert await store.read_population(group, "g") == {partitions[0]: b"sums of g"}
+
+
+@pytest.mark.parametrize("program", SERVERS)
+async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path, program: str) -> None:
     # A bus of its own choice would be 10,000 above its port, which may be none.
     buses = [free_port(), free_port()]
     flags = [("--cluster-enabled", "yes", "--cluster-port", str(bus)) for bus in buses]
-    with RedisProcess(tmp_path / "a", *flags[0]) as first, RedisProcess(tmp_path / "b", *flags[1]) as second:
+    with (
+        RedisProcess(tmp_path / "a", *flags[0], server=program) as first,
+        RedisProcess(tmp_path / "b", *flags[1], server=program) as second,
+    ):
         first.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
         second.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
         first.client.execute_command("CLUSTER", "MEET", "127.0.0.1", second.port, buses[1])
@@ -112,38 +156,7 @@ async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path) 
             await asyncio.sleep(0.05)
         store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{first.port}/0?cluster=true"), 8)
         for group in range(store.keys.groups):
-            partitions = [p for p in range(256) if store.keys.group_of(p) == group]
-            await store.claim(group, partitions, partitions[0], "3:me")
-            users = [f"{group}-{n}".encode() for n in range(50)]
-            await store.write(
-                "3:me",
-                GroupWrite(
-                    group=group,
-                    partitions=partitions,
-                    segment=partitions[0],
-                    writes=0,
-                    fingerprint="f",
-                    row_ms=60_000,
-                    producer_ms=60_000,
-                    population=b"sums",
-                    new_users=50,
-                    producers={"p": {str(partitions[0]): 7}},
-                    user_ids=users,
-                    rows=[b"row " + user for user in users],
-                ),
-            )
-            assert await store.fetch(group, "f", [*users, b"nobody"]) == [*(b"row " + user for user in users), None]
-            assert await store.read_producers(group, ["p", "q"]) == [{str(partitions[0]): 7}, {}]
-            held = await store.read_group(group, "f")
-            assert (held.population, held.users) == ({partitions[0]: b"sums"}, {partitions[0]: 50})
-            seen = [user async for piece in store.scan_rows(group, "f") for user in piece]
-            assert sorted(set(seen)) == sorted(users)
-            await store.move_rows(group, "f", "g", users, [b"new"] * 50, [0] * 50)
-            assert await store.fetch(group, "g", users[:1]) == [b"new"]
-            assert await store.fetch(group, "f", users) == [None] * 50
-            await store.move_population(group, "f", "g", {partitions[0]: b"sums of g"})
-            assert await store.read_population(group, "f") == {}
-            assert await store.read_population(group, "g") == {partitions[0]: b"sums of g"}
+            await use(store, group)
         await store.raise_epoch(9)
         assert await store.epoch() == 9
         await store.close()
