@@ -14,6 +14,8 @@ ARGS ?=
 # Two workers; the tests that share a service stay on one of them (tests/conftest.py). In the order of the files, so that the longest of
 # them are not left for the end, when the other worker has nothing to do.
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
+# Takes several minutes, most of them for Ray's autoscaler to look around: apart, as test-ray-up.
+RAY_UP := tests/e2e/test_ray_up.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -48,7 +50,7 @@ $(STAMP): $(UV) pyproject.toml clients/python/pyproject.toml uv.lock
 	touch $@
 
 .PHONY: test-tools
-test-tools: $(STAMP) bench-tools host-tools $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
+test-tools: $(STAMP) bench-tools $(if $(wildcard $(NODE)/package-lock.json),$(NODE)/node_modules/.package-lock.json)
 
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json scripts/install_tools.sh
 	scripts/install_tools.sh node=nodejs npm=npm
@@ -90,8 +92,12 @@ bench-libraries: $(STAMP)  ## Measure grpcio, threads and event loops against wh
 # --- testing and checking ---
 
 .PHONY: test
-test: test-tools $(VENV)/.kernels-done  ## Run every test: ARGS='-k name --seed 7'
-	$(PYTHON) -m pytest $(PYTEST_FLAGS) $(ARGS)
+test: test-tools $(VENV)/.kernels-done  ## Run every test but test-ray-up: ARGS='-k name --seed 7'
+	$(PYTHON) -m pytest $(PYTEST_FLAGS) --deselect $(RAY_UP) $(ARGS)
+
+.PHONY: test-ray-up
+test-ray-up: host-tools $(VENV)/.kernels-done  ## Run ray up, the loss of a host, and ray down, on hosts of its own
+	$(PYTHON) -m pytest -n 0 $(RAY_UP) $(ARGS)
 
 .PHONY: check
 check: check-format check-lint check-types check-layers check-protos check-generated check-lock  ## Format, lint, types, layers, protos, fresh generated code and lock
