@@ -160,23 +160,22 @@ class Mover:
         async with coordinator.changing:
             await coordinator.install(coordinator.topology.with_members(joined.shard_ids), joined)
         for shard_id in new:
+            # One after the other: to start one takes a processor for seconds, and events go on.
             coordinator.add_shard(shard_id, self._factory.create(shard_id))
-        await self._until_serving(new)
+            await self._until_serving(shard_id)
 
-    async def _until_serving(self, shard_ids: Sequence[int]) -> None:
+    async def _until_serving(self, shard_id: int) -> None:
         coordinator = self._coordinator
 
         def found() -> bool:
             places = {shard.shard_id for shard in coordinator.topology.shards if shard.address}
-            return all(
-                coordinator.standings[shard_id].state == "serving" and shard_id in places for shard_id in shard_ids
-            )
+            return coordinator.standings[shard_id].state == "serving" and shard_id in places
 
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await coordinator.until(found)
         except TimeoutError:
-            raise Unavailable(f"not every one of the shards {list(shard_ids)} serves", RETRY_S) from None
+            raise Unavailable(f"shard {shard_id} does not serve", RETRY_S) from None
 
     async def _keep(self, kept: Sequence[int]) -> None:
         """These shards share everything, the others go."""

@@ -18,7 +18,9 @@ replaced, gives none.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +50,12 @@ MOST_ROUNDS = 10_000
 CLEANED_ROWS = 1 << 14
 CLEANED_USERS = 256
 """What a step of cleaning looks at, and how many users it forgets: half a millisecond."""
+
+REST = 1.0
+"""Between two steps of copying or cleaning a shard rests so many times as long as the last one took: a move has time,
+and leaves the machine to events and reads,"""
+MOST_REST_S = 0.05
+"""but no longer than this."""
 
 RETRY_S = 0.1
 
@@ -284,7 +292,8 @@ class Moves(_Handover):
         for _ in range(MOST_ROUNDS):
             if leaving.departure.behind <= NEARLY_THERE:
                 return Departed(leaving.departure.row_count, leaving.sent_bytes)
-            await self._send(leaving)
+            async with _resting():
+                await self._send(leaving)
         raise Unavailable(f"shard {self._writer.shard_id} cannot copy its users as fast as they change", RETRY_S)
 
     async def finish(self, move_id: str) -> Departed:
@@ -331,7 +340,8 @@ class Moves(_Handover):
 
         await self._writer.between_groups(step)
         while row < self._state.table.users.high_water:
-            await self._writer.between_groups(step)
+            async with _resting():
+                await self._writer.between_groups(step)
         self._writer.check_lease()
 
     async def adopt(self, encoded: bytes) -> None:
@@ -386,6 +396,14 @@ class Moves(_Handover):
             raise Unavailable(f"move {leaving.move_id} was ended", RETRY_S)
         # Where the target is in the same process, events still have their turn.
         await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def _resting() -> AsyncIterator[None]:
+    """Rests after what is done in it."""
+    began_s = time.monotonic()
+    yield
+    await asyncio.sleep(min(REST * (time.monotonic() - began_s), MOST_REST_S))
 
 
 async def _nothing() -> None:
