@@ -1,5 +1,5 @@
-"""A service on Redis, by TLS and with a password, as its users see it: read while owners are away, and by other
-programs; and what it says when Redis pauses or is full, or when somebody else wants the store."""
+"""A service on Redis, with a password, as its users see it: read while owners are away, and by other programs; and what
+it says when Redis pauses or is full, or when somebody else wants the store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from profile_service.stored_rows import StoredRows
 from tests.e2e import serving
 from tests.e2e.known_load import processes_named, status
 from tests.e2e.serving import ServeProcess
-from tests.redis_process import RedisProcess, Tls
+from tests.redis_process import RedisProcess
 from userprofile.v1 import event_service_pb2, profile_pb2, profile_service_pb2
 
 USERS = [f"shopper-{number}" for number in range(200)]
@@ -24,21 +24,15 @@ PASSWORD = "dont-tell"  # noqa: S105
 
 
 @pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
-    return Tls.make(tmp_path_factory.mktemp("certificates"))
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory, tls: Tls) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis"), *tls.flags, password=PASSWORD) as process:
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    with RedisProcess(tmp_path_factory.mktemp("redis"), password=PASSWORD) as process:
         yield process
 
 
 @pytest.fixture(scope="module")
-def stored(redis: RedisProcess, tls: Tls) -> Iterator[ServeProcess]:
+def stored(redis: RedisProcess) -> Iterator[ServeProcess]:
     """Two shards, and some events of every user."""
-    url = f"rediss://:{PASSWORD}@localhost:{tls.port}/0?ssl_ca_certs={tls.authority}"
-    with ServeProcess("--store", url, "--shards", "2") as service:
+    with ServeProcess("--store", redis.url, "--shards", "2") as service:
         send(service, events())
         yield service
         assert service.stop() == 0, service.output
@@ -154,12 +148,10 @@ def test_another_program_decodes_what_the_service_answers(stored: ServeProcess, 
     assert red[0] > red[1]
 
 
-def test_status_says_where_profiles_live_and_what_a_pause_does(
-    stored: ServeProcess, redis: RedisProcess, tls: Tls
-) -> None:
+def test_status_says_where_profiles_live_and_what_a_pause_does(stored: ServeProcess, redis: RedisProcess) -> None:
     done = serving.run("status", "--address", stored.grpc_address)
     assert done.returncode == 0, done.stderr
-    assert f"rediss://localhost:{tls.port}/0" in done.stdout
+    assert f"redis://127.0.0.1:{redis.port}/0" in done.stdout
     assert PASSWORD not in done.stdout
     assert "appendfsync always" in done.stdout
     assert json.loads(serving.run("status", "--address", stored.grpc_address, "--json").stdout)["dataDir"] == ""
