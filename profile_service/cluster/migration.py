@@ -35,11 +35,11 @@ from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import DataLoss, StartupError
 from profile_service.shard.dedupe import NO_PARTITION, EventIds
 from profile_service.shard.recovery import Recovered, recover
+from profile_service.shard.run_writes import ACKNOWLEDGED, USED
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
 from profile_service.shard.store_records import decode_requests, encode_event_ids, encode_requests, merged_event_ids
 from profile_service.shard.stored_schema import load_packed, meta_of, stored_rows
-from profile_service.shard.stored_state import ACKNOWLEDGED, USED
 from profile_service.storage.data_directory import DataDirectory, Holder, Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
 from profile_service.storage.redis_client import StoreFault, StoreUrl

@@ -18,35 +18,31 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from profile_service.clock import Clock
 from profile_service.config import Capacity
 from profile_service.domain.columns import EventColumns
-from profile_service.domain.decay import NS
 from profile_service.domain.index import Strings
 from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import Unavailable
-from profile_service.shard.dedupe import MOST_REQUESTS, NO_PARTITION, Admission, EventIds
+from profile_service.shard.dedupe import NO_PARTITION, Admission, EventIds
 from profile_service.shard.keeping import Interrupted
 from profile_service.shard.log_records import RECORD_EVENTS
 from profile_service.shard.row_cache import RowCache, Stage
+from profile_service.shard.run_writes import ACKNOWLEDGED, USED, OwnedGroup, RunEvents, RunWrites
 from profile_service.shard.store_records import (
     decode_requests,
-    encode_event_ids,
-    encode_requests,
     merged_event_ids,
 )
 from profile_service.storage.fs import DiskFull
 from profile_service.storage.redis_client import StoreAway, StoreFault, StoreFull
-from profile_service.storage.redis_store import Chunk, GroupState, GroupWrite, Meta, RedisStore
+from profile_service.storage.redis_store import GroupState, GroupWrite, Meta, RedisStore
 from profile_service.wire.apply_request import REQUEST_PREFIX, ApplyPart, decode_part
 from profile_service.wire.decode import decode_batches
 from profile_service.wire.plan import WirePlan
@@ -60,26 +56,7 @@ MOST_RUN_USERS = 1 << 21
 SLICE_EVENTS = 2048
 """Events counted before the loop may turn."""
 
-ACKNOWLEDGED, USED = "ack", "used"
-"""Fields of a producer, beside those named by a partition."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Group:
-    """What is known of a partition group that this shard has a part of."""
-
-    number: int
-    partitions: list[int]
-    packed: bytes = b""
-    """The sums that this owner writes, as last written."""
-    writes: int = 0
-
-    @property
-    def segment(self) -> int:
-        """The name of what cannot be split by partition."""
-        return self.partitions[0]
 
 
 class StoredState(Admission):
@@ -122,7 +99,7 @@ class StoredState(Admission):
         self._owned = np.zeros(1 << meta.partition_bits, np.bool_)
         self._lost = False
         self._full = False
-        self._groups: dict[int, _Group] = {}
+        self._groups: dict[int, OwnedGroup] = {}
         self._group_of = np.array([store.keys.group_of(p) for p in range(1 << meta.partition_bits)], np.int64)
         self._users = 0
         self._pending: list[ApplyPart] = []
@@ -215,10 +192,10 @@ class StoredState(Admission):
         self._meta.store_id = secrets.token_hex(16)
         await self._store.make_meta(self._meta)
 
-    def _take_group(self, number: int, mine: list[int], state: GroupState) -> _Group:
+    def _take_group(self, number: int, mine: list[int], state: GroupState) -> OwnedGroup:
         """What the group holds under the segments that are this owner's now goes into the sums of the shard."""
         texts = self.table.texts
-        group = _Group(number, mine)
+        group = OwnedGroup(number, mine)
         for segment, packed in state.population.items():
             if segment in mine:
                 part = PopulationRow(self.schema)
@@ -314,30 +291,30 @@ class StoredState(Admission):
 
     async def _store_run(self, run: list[ApplyPart]) -> None:
         """Counts the events of these parts, stores what they change, and lets it be read."""
-        writes: dict[int, GroupWrite] = {}
+        writes = RunWrites(self._groups, self._group_of, self.schema, self._capacity, self.producers.acknowledged)
         for part in run:
             # A shard that owns nothing, before its first move or after its last, has nowhere to note it; others have.
             if not part.event_count and self._groups:
-                self._note_acknowledged(writes, part)
+                writes.note_acknowledged(part)
         parts = [part for part in run if part.event_count]
         if not parts:
-            await self._write(writes)
+            await self._write(writes.by_group)
             return
         events = self._decode(parts)
         for number in np.unique(events.group).tolist():
-            self._write_of(writes, number)
-        self._note_admitted(writes, parts, events)
+            writes.of(number)
+        writes.note_admitted(parts, events, self._clock())
         stage, known = await self._stage(events.columns)
         try:
-            await self._count(writes, stage, events)
-            packed = await self._write_rows(writes, stage, known)
+            await self._count(writes.by_group, stage, events)
+            packed = await self._write_rows(writes.by_group, stage, known)
         except BaseException:
             self._cache.drop(stage.users)
             raise
         self._cache.publish(stage, packed)
         self.table.replay_population(events.columns, events.received_ns)
 
-    def _decode(self, parts: Sequence[ApplyPart]) -> _Events:
+    def _decode(self, parts: Sequence[ApplyPart]) -> RunEvents:
         counts = [part.event_count for part in parts]
         arrivals_ns = np.array([part.arrival_time_ns for part in parts], np.int64)
         columns = decode_batches([part.events for part in parts], counts, self._plan, arrivals_ns.tolist())
@@ -346,7 +323,7 @@ class StoredState(Admission):
         group = self._group_of[partition]
         order = np.argsort(group, kind="stable")
         part = part[order]
-        return _Events(columns.select(order), part, partition[order], group[order], arrivals_ns[part])
+        return RunEvents(columns.select(order), part, partition[order], group[order], arrivals_ns[part])
 
     async def _stage(self, columns: EventColumns) -> tuple[Stage, NDArray[np.bool_]]:
         """The rows of the events' users, and which of these had one."""
@@ -393,7 +370,7 @@ class StoredState(Admission):
             found[stored] = True
             return found
 
-    async def _count(self, writes: dict[int, GroupWrite], stage: Stage, events: _Events) -> None:
+    async def _count(self, writes: dict[int, GroupWrite], stage: Stage, events: RunEvents) -> None:
         table = stage.table
         for number, write in writes.items():
             first, last = np.searchsorted(events.group, [number, number + 1]).tolist()
@@ -446,71 +423,6 @@ class StoredState(Admission):
             group.packed = write.population or group.packed
             self._users += write.new_users
         self.position += 1
-
-    def _write_of(self, writes: dict[int, GroupWrite], number: int) -> GroupWrite:
-        """What is written to a group, begun where nothing is yet."""
-        if number not in writes:
-            group = self._groups[number]
-            ttl_s = self.schema.ttl_s
-            writes[number] = GroupWrite(
-                group=number,
-                partitions=group.partitions,
-                segment=group.segment,
-                writes=group.writes,
-                fingerprint=self.schema.fingerprint,
-                row_ms=0 if ttl_s is None else max(1, int(ttl_s * 1000)),
-                producer_ms=max(1, int(self._capacity.producer_window_s * 1000)),
-            )
-        return writes[number]
-
-    def _note_acknowledged(self, writes: dict[int, GroupWrite], part: ApplyPart) -> None:
-        """Notes up to where a producer is acknowledged, in the group that has its name, or in any."""
-        number = int(self._group_of[xxhash.xxh64_intdigest(part.producer_id.encode()) >> int(self._shift)])
-        write = self._write_of(writes, number if number in self._groups else min(self._groups))
-        self._fields_of(write, part)
-
-    def _fields_of(self, write: GroupWrite, part: ApplyPart) -> dict[str, int]:
-        fields = write.producers.setdefault(part.producer_id, {})
-        fields[ACKNOWLEDGED] = max(part.acknowledged_sequence, self.producers.acknowledged(part.producer_id))
-        fields[USED] = max(part.arrival_time_ns, fields.get(USED, 0))
-        return fields
-
-    def _note_admitted(self, writes: dict[int, GroupWrite], parts: Sequence[ApplyPart], events: _Events) -> None:
-        """Adds to the writes what makes the events count once."""
-        bounds, owned = self._capacity, len(self._groups)
-        requests: dict[int, list[tuple[str, list[int], int]]] = {}
-        pairs = np.unique(events.part * len(self._owned) + events.partition)
-        for number, pair in zip(*(array.tolist() for array in np.divmod(pairs, len(self._owned))), strict=True):
-            part, group = parts[number], int(self._group_of[pair])
-            if part.producer_id.startswith(REQUEST_PREFIX):
-                listed = requests.setdefault(group, [])
-                if not listed or listed[-1][0] != part.producer_id:
-                    listed.append((part.producer_id, [], part.arrival_time_ns))
-                listed[-1][1].append(pair)
-            elif part.producer_id:
-                fields = self._fields_of(writes[group], part)
-                fields[str(pair)] = max(part.sequence, fields.get(str(pair), 0))
-        now_s = self._clock() // NS
-        for group, listed in requests.items():
-            data, oldest_s = encode_requests(listed), now_s - int(bounds.producer_window_s)
-            writes[group].requests = Chunk(data, len(listed), MOST_REQUESTS // owned, max(0, oldest_s))
-        keys = events.columns.event_id_hash
-        for place in np.unique(events.group[keys != 0]).tolist():
-            chosen = (events.group == place) & (keys != 0)
-            data, count = encode_event_ids(keys[chosen], events.received_ns[chosen]), int(chosen.sum())
-            most, oldest_s = max(1, bounds.event_ids_per_shard // owned), now_s - int(bounds.event_id_window_s)
-            writes[place].event_ids = Chunk(data, count, most, max(0, oldest_s))
-
-
-@dataclass
-class _Events:
-    """Events of a run, those of a partition group together; by event: its part, partition, group and arrival."""
-
-    columns: EventColumns
-    part: NDArray[np.int64]
-    partition: NDArray[np.int64]
-    group: NDArray[np.int64]
-    received_ns: NDArray[np.int64]
 
 
 def _epoch_of(owner: str) -> int:

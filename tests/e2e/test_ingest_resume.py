@@ -59,13 +59,25 @@ def _command_line(process: psutil.Process) -> list[str]:
         return []
 
 
-WITH_EITHER_STORE = pytest.mark.parametrize("restartable", STORES, indirect=True, scope="module")
-"""Of what the service has to know again after it was killed."""
+@pytest.fixture(scope="module")
+def restartable(request: pytest.FixtureRequest) -> Restartable:
+    """Local, but for tests of what it has to know again of a sender."""
+    shared: Restartable = request.getfixturevalue(f"{getattr(request, 'param', 'local')}_restartable")
+    return shared
 
 
 @pytest.fixture(scope="module")
-def restartable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
-    with stored_in(getattr(request, "param", "local"), tmp_path_factory.mktemp("resume")) as where:
+def local_restartable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
+    yield from _restartable("local", tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def redis_restartable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
+    yield from _restartable("redis", tmp_path_factory.mktemp("resume"))
+
+
+def _restartable(store: str, directory: Path) -> Iterator[Restartable]:
+    with stored_in(store, directory) as where:
         flags = ("--shards", "2", *where)
         process = ServeProcess(*flags)
         address = process.grpc_address
@@ -176,8 +188,12 @@ def test_it_goes_on_after_it_was_ended_again_and_again(
     shop.check(restartable, tally)
 
 
-@WITH_EITHER_STORE
-@pytest.mark.parametrize("name", ["ray::FrontendActor", "ray::ShardActor"])
+@pytest.mark.parametrize(
+    ("restartable", "name"),
+    [("local", "ray::FrontendActor"), ("local", "ray::ShardActor"), ("redis", "ray::ShardActor")],
+    indirect=["restartable"],
+    scope="module",
+)
 def test_it_does_not_notice_that_a_process_of_the_service_is_killed(
     restartable: Restartable, shop: Shop, seed: int, name: str
 ) -> None:
@@ -191,7 +207,6 @@ def test_it_does_not_notice_that_a_process_of_the_service_is_killed(
     shop.check(restartable, tally)
 
 
-@WITH_EITHER_STORE
 def test_it_waits_for_a_service_that_was_killed_as_a_whole(restartable: Restartable, shop: Shop) -> None:
     process = begin(restartable, shop)
     wait_for_progress(restartable, shop, 0.1)
@@ -220,7 +235,7 @@ def test_it_goes_on_after_everything_was_killed(restartable: Restartable, shop: 
     shop.check(restartable, tally)
 
 
-@WITH_EITHER_STORE
+@pytest.mark.parametrize("restartable", STORES, indirect=True, scope="module")
 def test_of_two_that_send_the_same_file_the_later_goes_on(restartable: Restartable, shop: Shop) -> None:
     earlier = begin(restartable, shop)
     wait_for_progress(restartable, shop, 0.1)

@@ -1,5 +1,5 @@
-"""A service on Redis, as its users see it: read while owners are away, and by other programs; and what it says when
-Redis pauses, or somebody else wants the store."""
+"""A service on Redis, with a password, as its users see it: read while owners are away, and by other programs; and what
+it says when Redis pauses or is full, or when somebody else wants the store."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from userprofile.v1 import event_service_pb2, profile_pb2, profile_service_pb2
 
 USERS = [f"shopper-{number}" for number in range(200)]
 PATIENCE_S = 30.0
+PASSWORD = "dont-tell"  # noqa: S105
 
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
-    with RedisProcess(tmp_path_factory.mktemp("redis")) as process:
+    with RedisProcess(tmp_path_factory.mktemp("redis"), password=PASSWORD) as process:
         yield process
 
 
@@ -37,6 +38,7 @@ def stored(redis: RedisProcess) -> Iterator[ServeProcess]:
         assert service.stop() == 0, service.output
         assert service.left_over() == []
         assert "Traceback" not in service.output, service.output
+        assert PASSWORD not in service.output
 
 
 def events(rounds: int = 2) -> event_service_pb2.IngestEventsRequest:
@@ -149,7 +151,8 @@ def test_another_program_decodes_what_the_service_answers(stored: ServeProcess, 
 def test_status_says_where_profiles_live_and_what_a_pause_does(stored: ServeProcess, redis: RedisProcess) -> None:
     done = serving.run("status", "--address", stored.grpc_address)
     assert done.returncode == 0, done.stderr
-    assert redis.url in done.stdout
+    assert f"redis://127.0.0.1:{redis.port}/0" in done.stdout
+    assert PASSWORD not in done.stdout
     assert "appendfsync always" in done.stdout
     assert json.loads(serving.run("status", "--address", stored.grpc_address, "--json").stdout)["dataDir"] == ""
     redis.pause()
@@ -163,6 +166,26 @@ def test_status_says_where_profiles_live_and_what_a_pause_does(stored: ServeProc
     finally:
         redis.resume()
     until(lambda: all(shard.state == "serving" for shard in status(stored.grpc_address).shards))
+
+
+def test_a_full_store_refuses_writes_and_serves_reads_and_status_says_so(
+    stored: ServeProcess, redis: RedisProcess
+) -> None:
+    before = read(stored)
+    redis.client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(grpc.RpcError) as refused:
+            send(stored, events(1))
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        until(lambda: {shard.state for shard in status(stored.grpc_address).shards} == {"full"})
+        assert all("maxmemory" in shard.message for shard in status(stored.grpc_address).shards)
+        assert read(stored) == before
+    finally:
+        redis.client.config_set("maxmemory", 0)
+    until(lambda: all(shard.state == "serving" for shard in status(stored.grpc_address).shards))
+    send(stored, events(1))
+    after = read(stored)
+    assert [profile.event_count for profile in after.values()] == [p.event_count + 1 for p in before.values()]
 
 
 def test_a_second_service_is_not_started_on_the_same_store(stored: ServeProcess, redis: RedisProcess) -> None:

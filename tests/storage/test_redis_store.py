@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-import trustme
 
 from profile_service.errors import StartupError
 from profile_service.storage.redis_client import StoreAway, StoreUrl
 from profile_service.storage.redis_keys import GROUPS, Keys
 from profile_service.storage.redis_store import GroupWrite, RedisStore
-from tests.redis_process import SERVERS, RedisProcess, free_port
+from tests.redis_process import SERVERS, RedisProcess, Tls, free_port
 
 
 @pytest.mark.parametrize(
@@ -68,31 +67,16 @@ def test_all_keys_of_a_group_have_one_hash_tag_whatever_the_user_is_called() -> 
     assert {name[name.index(b"{") : name.index(b"}") + 1] for name in names} == {b"{g03}"}
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path, authority: trustme.CA) -> None:
-    certificate = authority.issue_cert("localhost")
-    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
-    authority.cert_pem.write_to_path(files["ca"])
-    certificate.cert_chain_pems[0].write_to_path(files["cert"])
-    certificate.private_key_pem.write_to_path(files["key"])
-    tls_port = free_port()
-    flags = [
-        *("--tls-port", str(tls_port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(files["ca"])),
-        *("--tls-cert-file", str(files["cert"]), "--tls-key-file", str(files["key"])),
-    ]
-    with RedisProcess(tmp_path / "redis", *flags) as server:
-        server.client.config_set("requirepass", "secret")
-        url = f"rediss://:secret@localhost:{tls_port}/0?ssl_ca_certs={files['ca']}"
+async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path) -> None:
+    tls = Tls.make(tmp_path)
+    with RedisProcess(tmp_path / "redis", *tls.flags, password="secret"):  # noqa: S106
+        url = f"rediss://:secret@localhost:{tls.port}/0?ssl_ca_certs={tls.authority}"
         store = RedisStore(StoreUrl.parse(url), 8)
         assert await store.read_meta() is None
         assert await store.sync_mode() == "always"
         await use(store, 3)
         await store.close()
-        for wrong in (url.replace("secret", "guess"), f"rediss://:secret@localhost:{tls_port}/0"):
+        for wrong in (url.replace("secret", "guess"), f"rediss://:secret@localhost:{tls.port}/0"):
             store = RedisStore(StoreUrl.parse(wrong), 8)
             with pytest.raises(StoreAway, match=r"password|certificate") as refused:
                 await store.read_meta()
