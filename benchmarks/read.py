@@ -71,6 +71,8 @@ BOUND_FRONTEND = 0.6
 BOUND_REST = 2.0
 """Of the peer's rate."""
 BOUND_BATCH_MS = 5.0
+_FEWER_BATCHES = 10
+"""Batches are asked for so many times as seldom as single profiles: often enough for a p99 to mean something."""
 BATCH_USERS = 100
 
 FLOOR, DIRECT, FRONTEND, REST, PEER = "bare echo", "owner", "frontend", "frontend, REST", "peer: FastAPI + Redis"
@@ -310,7 +312,7 @@ class _Work:
         """Quantiles of the answers at a fixed rate, in milliseconds."""
         found = {}
         for name, ask in {**asks, **many}.items():
-            rate = self._options.rate / (BATCH_USERS if name in many else 1)
+            rate = self._options.rate / (_FEWER_BATCHES if name in many else 1)
             with self._console.status(f"{self._options.steady_s:g} s at {rate:g} reads/s: {name}"):
                 _, latency = await at_rate(ask, rate, self._options.steady_s)
             found[name] = {
