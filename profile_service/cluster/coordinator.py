@@ -3,6 +3,7 @@
 
 watch       every shard is asked where it is and how it does, each on its own, so that one that does not answer holds up
             none of the others; one that is back elsewhere gets a place in a new epoch, told to the shards first
+standbys    are built, and promoted when their owners are away (`replicas.py`)
 moves       partitions change owners, shards come and go (`mover.py`)
 population  the shards' sums are gathered and given to all of them, one round after the other
 
@@ -31,10 +32,12 @@ from typing import Protocol, TypeVar
 
 from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.replicas import ReplicaControl, Replicas
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.errors import Unavailable
 from profile_service.shard.lease import Grant
 from profile_service.shard.moves import Departed
+from profile_service.shard.replication import Shipping
 
 WATCH_INTERVAL_S = 0.5
 """Between two looks at a shard that serves."""
@@ -116,6 +119,14 @@ class Located(Protocol):
     def asked_ns(self) -> int:
         """When it asked for a lease, by its own clock."""
 
+    @property
+    def shipping(self) -> Shipping:
+        """How its standby does."""
+
+    @property
+    def promoted(self) -> bool:
+        """Whether it was a standby, and takes nothing as one any more."""
+
 
 class Memory(Protocol):
     """What outlasts a coordinator: each call returns when it is durable, or raises OSError."""
@@ -130,7 +141,7 @@ class Memory(Protocol):
         """This is who owns what."""
 
 
-class ShardControl(Protocol):
+class ShardControl(ReplicaControl, Protocol):
     """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
     away, and ShardDead where it stays so."""
 
@@ -175,6 +186,7 @@ class Coordinator:
         shards: by shard id, as many as there are at first.
         memory: where epochs are made durable. An OSError is logged: a disk that fails keeps no shard from being found.
         leases: of the shards.
+        replicas: their standbys; None where no shard has one.
     """
 
     def __init__(
@@ -186,6 +198,7 @@ class Coordinator:
         population_interval_s: float,
         memory: Memory,
         leases: Leases,
+        replicas: Replicas | None = None,
     ) -> None:
         self._ownership = ownership
         self._topology = ownership.topology(partition_bits, epoch)
@@ -193,6 +206,10 @@ class Coordinator:
         self._population_interval_s = population_interval_s
         self._memory = memory
         self._leases = leases
+        self._replicas = replicas
+        self._answered: set[int] = set()
+        """Shards that this coordinator has heard of: one that it has not may just be on its way."""
+        self._patient_until_s = 0.0
         self._standings = dict.fromkeys(self._shards, Standing("starting"))
         self._populations: dict[int, bytes] = {}
         self.changing = asyncio.Lock()
@@ -214,6 +231,7 @@ class Coordinator:
 
     async def start(self) -> None:
         """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
+        self._patient_until_s = asyncio.get_running_loop().time() + FIRST_LOOK_S
         found = await self._ask_all(self._shards, self._ask, FIRST_LOOK_S)
         for shard_id, located in found.items():
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
@@ -303,6 +321,8 @@ class Coordinator:
         del self._shards[shard_id], self._standings[shard_id]
         self._populations.pop(shard_id, None)
         self._leases.forget(shard_id)
+        if self._replicas is not None:
+            self._replicas.forget(shard_id)
 
     def forget_population(self, shard_id: int) -> None:
         """The shard's sums count as another's from now on."""
@@ -319,16 +339,36 @@ class Coordinator:
                 located = await self._ask(shard_id)
         except ShardDead as error:
             await self._stand(shard_id, Standing("failed", message=str(error)))
+            await self._replace(shard_id)
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, the shard did not answer.
             await self._stand(shard_id, Standing("away", message=reason_of(error)))
+            await self._replace(shard_id)
         else:
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
             await self._relocate({shard_id: located})
+            if located.state == "failed":
+                await self._replace(shard_id)
+            elif self._replicas is not None and self._standings[shard_id].reads and self._holds(shard_id, located):
+                await self._replicas.heard(shard_id, self._shards[shard_id], located)
+
+    def _holds(self, shard_id: int, located: Located) -> bool:
+        held = self._leases.holders.get(shard_id)
+        return held is not None and held.incarnation == located.incarnation
+
+    async def _replace(self, shard_id: int) -> None:
+        """The shard is away: its standby takes its place, if it has one that can."""
+        if self._replicas is None:
+            return
+        if shard_id not in self._answered and asyncio.get_running_loop().time() < self._patient_until_s:
+            return
+        if await self._replicas.promote(shard_id):
+            await self._look_at(shard_id)
 
     async def _ask(self, shard_id: int) -> Located:
         """Asks the shard where it is, and gives it its lease."""
         shard = self._shards[shard_id]
         located = await shard.describe(self._leases.grant(shard_id))
+        self._answered.add(shard_id)
         if await self._hear(shard_id, located):
             # Its first lease is not to wait for the next look.
             located = await shard.describe(self._leases.grant(shard_id))
@@ -340,16 +380,19 @@ class Coordinator:
         asking = Holder(located.incarnation, located.lock)
         held = self._leases.holders.get(shard_id)
         new = held is None or held.incarnation != asking.incarnation
-        if held != asking and not await self._take_as_holder(shard_id, asking):
+        if held != asking and not await self._take_as_holder(shard_id, asking, located.promoted):
             return False
         self._leases.heard(shard_id, asking, located.asked_ns)
         return new
 
-    async def _take_as_holder(self, shard_id: int, asking: Holder) -> bool:
+    async def _take_as_holder(self, shard_id: int, asking: Holder, promoted: bool) -> bool:
         async with self._holding:
-            if not self._leases.may_hold(shard_id, asking):
+            if not self._leases.may_hold(shard_id, asking, promoted=promoted):
                 return False
+            held = self._leases.holders.get(shard_id)
             try:
+                if self._replicas is not None and (held is None or held.incarnation != asking.incarnation):
+                    await self._replicas.new_owner(shard_id)
                 await self._memory.holders({**self._leases.holders, shard_id: asking})
             except OSError as error:
                 logger.warning("shard %d gets no lease: its holder cannot be made durable: %s", shard_id, error)

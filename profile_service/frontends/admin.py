@@ -10,6 +10,7 @@ from profile_service import __version__
 from profile_service.clock import Clock
 from profile_service.cluster.changes import Changed, Changes
 from profile_service.cluster.coordinator import reason_of
+from profile_service.cluster.plan import Layout as ServiceLayout
 from profile_service.cluster.plan import NodeStanding
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation
@@ -49,7 +50,7 @@ class Admin:
     def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock, changes: Changes) -> None:
         self._router = router
         self._changes = changes
-        self._last_nodes: list[NodeStatus] = []
+        self._last_layout = ServiceLayout()
         self._schema = schema
         self._settings = settings
         self._start_ns = clock()
@@ -77,8 +78,12 @@ class Admin:
     async def get_status(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded GetStatusResponse: asks every shard."""
         parse(admin_service_pb2.GetStatusRequest, request)
-        answers, nodes = await asyncio.gather(self._router.status(), self._node_statuses())
+        answers, layout = await asyncio.gather(self._router.status(), self._layout())
         self.last_shards = [_shard_status(location, status) for location, status in answers]
+        for shard in self.last_shards:
+            if (standby := layout.standbys.get(shard.shard_id)) is not None:
+                shard.standby_state, shard.standby_node = standby.state, standby.node
+                shard.standby_message = standby.message
         response = admin_service_pb2.GetStatusResponse(
             version=__version__,
             schema_name=self._schema.name,
@@ -87,7 +92,8 @@ class Admin:
             event_count=sum(shard.event_count for shard in self.last_shards),
             epoch=self._router.topology.epoch,
             shards=self.last_shards,
-            nodes=nodes,
+            nodes=map(_node_status, layout.nodes),
+            replicas=self._settings.storage.replicas,
             sync_mode=self._sync_mode(answers),
             dedupe_window_seconds=self._settings.capacity.event_id_window_s,
             dedupe_capacity=self._settings.capacity.event_ids_per_shard,
@@ -151,15 +157,13 @@ class Admin:
             partition_count=moved.partitions, row_count=moved.rows, byte_count=moved.size_bytes
         )
 
-    async def _node_statuses(self) -> list[NodeStatus]:
+    async def _layout(self) -> ServiceLayout:
         try:
             async with asyncio.timeout(NODES_TIMEOUT_S):
-                standings = await self._changes.nodes()
+                self._last_layout = await self._changes.layout()
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, there is no answer just now.
             logger.info("the coordinator does not say what runs where: %s", reason_of(error))
-        else:
-            self._last_nodes = [_node_status(standing) for standing in standings]
-        return self._last_nodes
+        return self._last_layout
 
     @property
     def shards_read(self) -> bool:
@@ -216,6 +220,7 @@ def _node_status(standing: NodeStanding) -> NodeStatus:
         http_address=standing.http_address,
         data_dir=standing.data_dir,
         message=standing.message,
+        standby_shard_ids=standing.standby_ids,
     )
 
 

@@ -1,4 +1,4 @@
-"""A coordinator and its shards, whatever gets lost, late, stopped, killed or replaced: one process at a time
+"""A coordinator and its shards, whatever gets lost, late, stopped, killed, replaced or burnt: one process at a time
 acknowledges for a partition, and what was acknowledged is counted once, wherever its partition is by then.
 
 pytest tests/simulation/test_coordination.py                                    some runs, other ones each time
@@ -15,9 +15,11 @@ from unittest import mock
 import pytest
 
 from profile_service.cluster.mover import Mover
+from profile_service.cluster.replicas import Replicas
 from profile_service.shard.dedupe import ProducerSequences
 from profile_service.shard.lease import Lease
 from profile_service.shard.moves import Moves
+from profile_service.shard.replication import IN_SYNC, _Replication
 from profile_service.shard.transfer import Departure, Transfer
 from tests.simulation.campaign import explain, run_many, run_some
 from tests.simulation.coordination import run
@@ -36,6 +38,9 @@ REACHED = (
     "memory failed",
     "messages late",
     "messages lost",
+    "owners burnt",
+    "owners released",
+    "owners replaced by their standbys",
     "reads",
     "recoveries",
     "shards added",
@@ -45,6 +50,7 @@ REACHED = (
     "shards: crash",
     "shards: kill",
     "snapshots",
+    "standbys promoted",
 )
 
 
@@ -135,6 +141,37 @@ def decide_before_everything_is_there() -> Sequence[AbstractContextManager[objec
     return [mock.patch.object(Mover, "_attempt", hasty)]
 
 
+def acknowledge_without_telling_that_the_standby_is_lost() -> Sequence[AbstractContextManager[object]]:
+    """An owner whose standby does not answer goes on at once; the coordinator still counts on the standby."""
+
+    def go_on(replication: _Replication, reason: str) -> None:
+        replication.release(reason)
+
+    return [mock.patch.object(_Replication, "fail", go_on)]
+
+
+def acknowledge_before_the_standby_has_it() -> Sequence[AbstractContextManager[object]]:
+    """What is shipped is not waited for."""
+    flush = _Replication.flush
+
+    async def hasty(replication: _Replication) -> None:
+        if replication.state == IN_SYNC:
+            replication._wanted.set()
+        else:
+            await flush(replication)
+
+    return [mock.patch.object(_Replication, "flush", hasty)]
+
+
+def count_on_the_standby_of_an_owner_before() -> Sequence[AbstractContextManager[object]]:
+    """An owner's new process ships to nobody, and the coordinator does not take note of that."""
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    return [mock.patch.object(Replicas, "new_owner", nothing)]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "plant",
@@ -146,6 +183,9 @@ def decide_before_everything_is_there() -> Sequence[AbstractContextManager[objec
         acknowledge_without_a_lease,
         clean_nothing_away,
         decide_before_everything_is_there,
+        acknowledge_without_telling_that_the_standby_is_lost,
+        acknowledge_before_the_standby_has_it,
+        count_on_the_standby_of_an_owner_before,
     ],
     ids=lambda plant: plant.__name__,
 )
