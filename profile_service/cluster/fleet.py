@@ -1,5 +1,5 @@
 """The processes of the service on the nodes of the Ray cluster: a frontend on each node, each shard on the node that
-has its data. Made true again and again, whatever dies, comes or goes; all actors are created here.
+has its data. Made true again and again, whatever dies, comes or goes (`processes.py` says what these processes are).
 
     node joins    surveyed (`survey.py`), gets a frontend; if it has a shard's data, gets the shard
     node leaves   its frontend is forgotten; shards whose home it is, and that have no standby, wait for it
@@ -9,11 +9,8 @@ has its data. Made true again and again, whatever dies, comes or goes; all actor
     process dies  Ray starts it again, on the same node
     deployment    processes of another generation are replaced one by one, each when the one before serves
 
-A process's name says what it is, where and of which generation: `shard-3@NODE_ID#GENERATION`. So a coordinator that
-has just started finds what its predecessor left. Which of a shard's two processes is the standby is not in the name.
-
-Ray's node affinity is hard: a shard on another node than its data would be an empty one. Where the data is does not
-follow Ray's node ids, which change with each start of a node, but the name in the data directory.
+Where the data is does not follow Ray's node ids, which change with each start of a node, but the name in the data
+directory.
 """
 
 from __future__ import annotations
@@ -22,13 +19,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from profile_service.cluster.calls import COORDINATOR_NAME, NAMESPACE, on_node, run_on_node
+from profile_service.cluster.calls import run_on_node
 from profile_service.cluster.coordinator import reason_of
 from profile_service.cluster.places import PlaceRegister, Places
 from profile_service.cluster.plan import (
@@ -39,13 +36,9 @@ from profile_service.cluster.plan import (
     home_of_new_shard,
     home_of_standby,
 )
+from profile_service.cluster.processes import Process, create_frontend, create_shard, find_processes
 from profile_service.cluster.survey import Survey, make_shard_directory, remove_shard_directory, survey
-from profile_service.shard.actor import ShardActor
 from profile_service.storage.data_directory import shard_directory
-
-ACTOR_CPUS = 0.001
-"""Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing; it is more
-than nothing, or else an autoscaler would take the node for an idle one."""
 
 FOLLOW_INTERVAL_S = 1.0
 """Between two looks at the nodes and their frontends."""
@@ -70,52 +63,6 @@ logger = logging.getLogger(__name__)
 
 class Away(Exception):
     """There is no process to ask, and why."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """An actor of the service."""
-
-    role: str
-    """ "frontend", or "shard-" and its id."""
-    node_id: str
-    generation: str
-    handle: ActorHandle[Any]
-
-    @property
-    def name(self) -> str:
-        """By which Ray knows it."""
-        return _name(self.role, self.node_id, self.generation)
-
-
-def create_coordinator(actor_class: type, plan: Plan, head_cpus: float) -> ActorHandle[Any]:
-    """The coordinator, on the head node: it keeps what it knows in that node's data directory. Found, where there is
-    one."""
-    options = {"num_cpus": _cpus(head_cpus), "resources": {"node:__internal_head__": ACTOR_CPUS}}
-    return _create(actor_class, COORDINATOR_NAME, options, plan)
-
-
-def create_frontend(plan: Plan, node: Node) -> Process:
-    """A node's frontend: created, or found where there is one."""
-    return _create_on(node, plan, "frontend", plan.frontend, plan.schema, node.settings(plan.settings))
-
-
-def create_shard(plan: Plan, shard_id: int, node: Node) -> Process:
-    """A shard on the node that has its directory: created, or found where there is one."""
-    return _create_on(
-        node,
-        plan,
-        f"shard-{shard_id}",
-        ShardActor,
-        shard_id,
-        plan.schema.text,
-        node.settings(plan.settings),
-        # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
-        0,
-        (),
-        plan.manifest.identity(shard_id),
-        shard_directory(node.data_dir, shard_id),
-    )
 
 
 class Fleet:
@@ -426,8 +373,12 @@ class Fleet:
                 self._standby_faults[shard_id] = fault
                 return
             await self._make_directory(chosen, shard_id)
-            await self._register.change(lambda places: places.with_standby(shard_id, chosen.name))
-            node = self._node_named(chosen.name)
+            await self._register.change(
+                lambda places: (
+                    places.with_standby(shard_id, chosen.name) if places.standbys.get(shard_id) == standby else places
+                )
+            )
+            node = self._node_named(self._places.standbys[shard_id].node)
         self._standby_faults.pop(shard_id, None)
         if node is None:
             return
@@ -538,43 +489,6 @@ class Fleet:
         except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
             logger.warning("%s could not be drained: %s", process.name, reason_of(error))
         ray.kill(process.handle)
-
-
-def _create_on(node: Node, plan: Plan, role: str, actor_class: type, *arguments: object) -> Process:
-    options = {"num_cpus": _cpus(node.cpus), "scheduling_strategy": on_node(node.node_id)}
-    name = _name(role, node.node_id, plan.generation)
-    return Process(role, node.node_id, plan.generation, _create(actor_class, name, options, *arguments))
-
-
-def _create(actor_class: type, name: str, options: Mapping[str, Any], *arguments: object) -> ActorHandle[Any]:
-    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for
-    ever."""
-    remote_class: Any = ray.remote(actor_class)
-    handle: ActorHandle[Any] = remote_class.options(
-        name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, **options
-    ).remote(*arguments)
-    return handle
-
-
-def _cpus(of_node: float) -> float:
-    """A head is often given no CPU, to keep work away from it: it can take a frontend all the same."""
-    return ACTOR_CPUS if of_node else 0.0
-
-
-def _name(role: str, node_id: str, generation: str) -> str:
-    return f"{role}@{node_id}#{generation}"
-
-
-def find_processes() -> list[Process]:
-    """All of the service that Ray knows of and has not given up, but for the coordinator."""
-    found = []
-    for listed in ray.util.list_named_actors(all_namespaces=True):
-        role, at, rest = listed["name"].partition("@")
-        node_id, _, generation = rest.partition("#")
-        if listed["namespace"] == NAMESPACE and at:
-            handle = ray.get_actor(listed["name"], namespace=NAMESPACE)
-            found.append(Process(role, node_id, generation, handle))
-    return found
 
 
 def _alive_nodes() -> dict[str, Mapping[str, Any]]:

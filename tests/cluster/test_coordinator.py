@@ -14,6 +14,7 @@ from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
 from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.ownership import Ownership
 from profile_service.shard.lease import Grant, Lease
+from profile_service.shard.replication import Shipping
 from tests.cluster.local_cluster import until
 
 LEASE_S = 10.0
@@ -48,6 +49,8 @@ class Description:
     incarnation: str
     lock: str
     asked_ns: int
+    shipping: Shipping = Shipping()  # noqa: RUF009  # frozen
+    promoted: bool = False
 
 
 class Control:

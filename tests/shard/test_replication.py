@@ -226,10 +226,10 @@ async def test_without_its_standby_a_shard_acknowledges_nothing_until_it_is_rele
 
 
 async def test_a_standby_that_does_not_answer_in_time_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replication_module, "TAKE_TIMEOUT_S", 0.01)
     async with owner_and_standby() as (owner, standby):
         direct = begin(owner, standby)
         await in_sync(owner)
+        monkeypatch.setattr(replication_module, "TAKE_TIMEOUT_S", 0.01)
         direct.open.clear()
         sent = asyncio.ensure_future(owner.submit([part(["u1"])], 100, 7))
         await until(lambda: log_of(owner).shipping.state == LOST)
