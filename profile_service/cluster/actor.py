@@ -21,14 +21,16 @@ from ray.actor import ActorHandle
 
 from profile_service.clock import boot_clock
 from profile_service.cluster.changes import Changed
-from profile_service.cluster.coordinator import Coordinator, ShardDead, reason_of
+from profile_service.cluster.coordinator import Coordinator, reason_of
 from profile_service.cluster.fleet import Fleet
 from profile_service.cluster.leases import Leases
 from profile_service.cluster.memory import CoordinatorMemory
 from profile_service.cluster.mover import Mover, Undecided
 from profile_service.cluster.places import PlaceRegister
 from profile_service.cluster.plan import Layout, Plan, Progress
+from profile_service.cluster.ports import listens
 from profile_service.cluster.replicas import Replicas
+from profile_service.cluster.shard_control import ShardDead
 from profile_service.cluster.survey import expand
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
@@ -78,6 +80,7 @@ class CoordinatorActor:
             memory,
             leases,
             self._replicas,
+            listens,
         )
         self._mover = Mover(self._coordinator, self._factory)
         self._started = asyncio.create_task(self._start())

@@ -141,6 +141,11 @@ class Replicas:
         if replica is not None:
             await self._set_sync(shard_id, replica, in_sync=False)
 
+    def may_promote(self, shard_id: int) -> bool:
+        """Whether the shard has a standby that has everything."""
+        replica = self._register.places.standbys.get(shard_id)
+        return replica is not None and replica.in_sync
+
     async def promote(self, shard_id: int) -> bool:
         """The owner is away: has the standby take its place, if it can; returns whether it has."""
         replica = self._register.places.standbys.get(shard_id)
