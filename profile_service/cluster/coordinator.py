@@ -263,17 +263,24 @@ class Coordinator:
         else:
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
             await self._relocate({shard_id: located})
-            if located.state == "failed":
+            if located.state == "failed" or (
+                located.state == "recovering" and self._follows_another(shard_id, located)
+            ):
                 await self._replace(shard_id)
             elif self._replicas is not None and self._standings[shard_id].reads and self._holds(shard_id, located):
                 await self._replicas.heard(shard_id, self._shards[shard_id], located)
+
+    def _follows_another(self, shard_id: int, located: Located) -> bool:
+        """Whether the process is there because the one that had the lease has ended."""
+        held = self._leases.holders.get(shard_id)
+        return held is not None and held.incarnation != located.incarnation
 
     def _holds(self, shard_id: int, located: Located) -> bool:
         held = self._leases.holders.get(shard_id)
         return held is not None and held.incarnation == located.incarnation
 
     async def _replace(self, shard_id: int) -> None:
-        """The shard is away: its standby takes its place, if it has one that can."""
+        """The shard is away, or not back yet: its standby takes its place, if it has one that can."""
         if self._replicas is None:
             return
         if shard_id not in self._answered and asyncio.get_running_loop().time() < self._patient_until_s:

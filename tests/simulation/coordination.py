@@ -55,7 +55,7 @@ from profile_service.shard.following import Following
 from profile_service.shard.health import Health
 from profile_service.shard.lease import Grant, Lease
 from profile_service.shard.moves import Departed
-from profile_service.shard.replication import ReplicatedLog, Shipped, Shipping
+from profile_service.shard.replication import IN_SYNC, ReplicatedLog, Shipped, Shipping
 from profile_service.shard.replication_stream import decode, encode
 from profile_service.shard.shard import Shard
 from profile_service.shard.state import ShardState
@@ -92,12 +92,13 @@ def partition_of(user: str) -> int:
     return xxhash.xxh64_intdigest(user.encode()) >> (64 - PARTITION_BITS)
 
 
-def run(seed: int, *, traced: bool = False) -> Report:
-    """One run. Never raises what goes wrong: the report says it."""
+def run(seed: int, *, traced: bool = False, standbys: bool | None = None) -> Report:
+    """One run, with standbys or without; by default the seed decides. Never raises what goes wrong: the report says
+    it."""
     report = Report(seed)
     loop = SimulatedLoop()
     try:
-        world = _World(seed, loop, report, traced=traced)
+        world = _World(seed, loop, report, traced=traced, standbys=standbys)
         with world.small_parts():
             try:
                 loop.run_until_complete(world.run())
@@ -110,7 +111,7 @@ def run(seed: int, *, traced: bool = False) -> Report:
 
 
 class _World:
-    def __init__(self, seed: int, loop: SimulatedLoop, report: Report, *, traced: bool) -> None:
+    def __init__(self, seed: int, loop: SimulatedLoop, report: Report, *, traced: bool, standbys: bool | None) -> None:
         self.random = Random(seed)
         self.loop = loop
         self.seen = report.seen
@@ -125,7 +126,8 @@ class _World:
         """Processes that have ended. Their tasks are cancelled, and what they would do then is not done."""
         self.loss = self.random.choice((0.0, 0.01, 0.05))
         self.slowest_s = self.random.choice((0.002, 0.02))
-        self.has_standbys = self.random.random() < 0.7
+        drawn = self.random.random() < 0.7
+        self.has_standbys = drawn if standbys is None else standbys
         self.memory = _Memory(self)
         self.disks: dict[tuple[int, str], CrashingFileSystem] = {}
         """By shard and machine."""
@@ -333,18 +335,20 @@ class _World:
                 await process.end(power=False)
 
     async def _burn(self, shard_id: int) -> bool:
-        """The machine of an owner is lost with its disk, if the service believes that it can bear that; returns whether
-        it was."""
+        """The machine of an owner is lost with its disk, if that is the only thing that is amiss with the shard: the
+        coordinator counts on the standby, and the owner ships to it. Returns whether it was."""
         places: Places = self.memory.state["places"]
         standby = places.standbys.get(shard_id)
-        if standby is None or not standby.in_sync or (shard_id, places.homes[shard_id]) not in self.disks:
+        place = shard_id, places.homes.get(shard_id, "")
+        owner = self.current.get(place)
+        if standby is None or not standby.in_sync or owner is None or not owner.alive:
+            return False
+        if owner.shipping.state != IN_SYNC or not owner.shipping.replication.startswith(f"{standby.node}/"):
             return False
         self.seen["owners burnt"] += 1
-        place = shard_id, places.homes[shard_id]
         self.trace(f"shard {shard_id} burns on {place[1]}, its standby is on {standby.node}")
         self.disks.pop(place)
-        if place in self.current:
-            await self.current.pop(place).end(power=True)
+        await self.current.pop(place).end(power=True)
         return True
 
     async def _burn_every_owner(self) -> None:
