@@ -79,11 +79,7 @@ class Admin:
         """An encoded GetStatusResponse: asks every shard."""
         parse(admin_service_pb2.GetStatusRequest, request)
         answers, layout = await asyncio.gather(self._router.status(), self._layout())
-        self.last_shards = [_shard_status(location, status) for location, status in answers]
-        for shard in self.last_shards:
-            if (standby := layout.standbys.get(shard.shard_id)) is not None:
-                shard.standby_state, shard.standby_node = standby.state, standby.node
-                shard.standby_message = standby.message
+        self.last_shards = [_shard_status(location, status, layout) for location, status in answers]
         response = admin_service_pb2.GetStatusResponse(
             version=__version__,
             schema_name=self._schema.name,
@@ -177,14 +173,31 @@ class Admin:
         while True:
             if clock() >= due or not (self._router.ready and self.shards_read):
                 due = clock() + REFRESH_INTERVAL_S
-                answers = await self._router.status()
-                self.last_shards = [_shard_status(location, status) for location, status in answers]
+                # Of nodes nobody has to know here.
+                layout = self._layout() if self._settings.storage.replicas else _nothing()
+                answers, found = await asyncio.gather(self._router.status(), layout)
+                self.last_shards = [_shard_status(location, status, found) for location, status in answers]
             await asyncio.sleep(RETURN_INTERVAL_S)
 
 
-def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None) -> ShardStatus:
+async def _nothing() -> ServiceLayout:
+    return ServiceLayout()
+
+
+def _shard_status(
+    location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None, layout: ServiceLayout
+) -> ShardStatus:
     if status is None:
-        return ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
+        answer = ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
+    else:
+        answer = _told(location, status)
+    if (standby := layout.standbys.get(location.shard_id)) is not None:
+        answer.standby_state, answer.standby_node = standby.state, standby.node
+        answer.standby_message = standby.message
+    return answer
+
+
+def _told(location: ShardLocation, status: shard_pb2.GetShardStatusResponse) -> ShardStatus:
     answer = ShardStatus(
         shard_id=location.shard_id,
         address=location.address,
