@@ -86,6 +86,8 @@ class Storage:
     would replay in a second, and write four times as many snapshots, each as large as all profiles of the shard."""
     snapshot_interval_s: float = 600.0
     """Seconds after which a shard writes a snapshot, if anything was logged."""
+    replicas: int = 0
+    """Standbys of each shard, on other nodes: 0 or 1. With one, what is acknowledged is on two disks."""
     reset_features: tuple[str, ...] = ()
     """Features that start empty where the schema's change would otherwise be refused."""
 
@@ -99,6 +101,12 @@ class Storage:
         faults = []
         if not self.is_local and self.data_dir is not None:
             faults.append("--data-dir: with --store everything is in the store; leave it out")
+        if self.replicas not in (0, 1):
+            faults.append(f"--replicas: must be 0 or 1, is {self.replicas}")
+        elif self.replicas and not self.is_local:
+            faults.append(
+                "--replicas: with --store profiles are in the store, which has replicas of its own; leave it out"
+            )
         if self.sync not in get_args(SyncMode):
             faults.append(f"--sync: must be one of {', '.join(get_args(SyncMode))}, is {self.sync}")
         if not 0 < self.sync_interval_s <= 3600:

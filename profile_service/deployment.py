@@ -65,7 +65,7 @@ def deploy(
         raise StartupError("; ".join(faults))
     with _connected(address):
         from profile_service.cluster.actor import CoordinatorActor
-        from profile_service.cluster.fleet import create_coordinator
+        from profile_service.cluster.processes import create_coordinator
         from profile_service.frontends.actor import FrontendActor
 
         _wait_for_nodes(nodes, tell, stopped)
@@ -102,7 +102,7 @@ def undeploy(address: str, tell: Tell) -> None:
     import ray
 
     with _connected(address):
-        from profile_service.cluster.fleet import find_processes
+        from profile_service.cluster.processes import find_processes
 
         coordinator = _coordinator()
         if coordinator is None and not find_processes():

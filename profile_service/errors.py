@@ -8,6 +8,7 @@ ProfileServiceError
 ├── Unavailable            an owner moves, recovers or shuts down: try again after `retry_after_s`
 │   └── NotMine            routed by a stale topology: refresh it, then try again
 ├── Superseded             a newer stream of the same producer has taken over from this one
+├── Replaced               another process of the same shard has taken the place of the one that asks
 ├── PermissionDenied       the caller may not do this, whoever it is for
 ├── DeadlineExceeded       the caller's deadline passed before the answer was ready
 ├── Unimplemented          named in the contract, not served by this version
@@ -86,6 +87,10 @@ class NotMine(Unavailable):
 
 class Superseded(ProfileServiceError):
     """A newer stream of the same producer has taken over."""
+
+
+class Replaced(ProfileServiceError):
+    """Another process of the same shard has taken the place of the one that asks, which is to end."""
 
 
 class PermissionDenied(ProfileServiceError):

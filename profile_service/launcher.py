@@ -214,7 +214,7 @@ class Service:
         import ray
 
         from profile_service.cluster.actor import CoordinatorActor
-        from profile_service.cluster.fleet import create_coordinator, create_frontend, create_shard
+        from profile_service.cluster.processes import create_coordinator, create_frontend, create_shard
         from profile_service.frontends.actor import FrontendActor
 
         progress(f"starting {shards} shard{'s' if shards > 1 else ''} and a frontend")

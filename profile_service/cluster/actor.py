@@ -21,12 +21,16 @@ from ray.actor import ActorHandle
 
 from profile_service.clock import boot_clock
 from profile_service.cluster.changes import Changed
-from profile_service.cluster.coordinator import Coordinator, ShardDead, reason_of
+from profile_service.cluster.coordinator import Coordinator, reason_of
 from profile_service.cluster.fleet import Fleet
 from profile_service.cluster.leases import Leases
 from profile_service.cluster.memory import CoordinatorMemory
 from profile_service.cluster.mover import Mover, Undecided
-from profile_service.cluster.plan import NodeStanding, Plan, Progress
+from profile_service.cluster.places import PlaceRegister
+from profile_service.cluster.plan import Layout, Plan, Progress
+from profile_service.cluster.ports import listens
+from profile_service.cluster.replicas import Replicas
+from profile_service.cluster.shard_control import ShardDead
 from profile_service.cluster.survey import expand
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
@@ -63,16 +67,20 @@ class CoordinatorActor:
         self._memory = memory = await _own_memory(here, store)
         leases = Leases(settings.lease_s, boot_clock, memory.last_holders())
         self._ownership = ownership = memory.last_ownership(manifest)
-        self._fleet = Fleet(plan, memory, ownership.shard_ids)
-        self._factory = _RayShards(self._fleet)
+        register = PlaceRegister(memory.last_places(), memory.places)
+        self._fleet = fleet = Fleet(plan, register, ownership.shard_ids)
+        self._factory = _RayShards(fleet)
+        self._replicas = Replicas(register, lambda shard_id: _RayShard(lambda: fleet.standby(shard_id)))
         self._coordinator = Coordinator(
             ownership,
             manifest.partition_bits,
             max(1, memory.last_epoch()),
-            {shard_id: _RayShard(self._fleet, shard_id) for shard_id in ownership.shard_ids},
+            {shard_id: self._factory.find(shard_id) for shard_id in ownership.shard_ids},
             settings.population_interval_s,
             memory,
             leases,
+            self._replicas,
+            listens,
         )
         self._mover = Mover(self._coordinator, self._factory)
         self._started = asyncio.create_task(self._start())
@@ -133,9 +141,15 @@ class CoordinatorActor:
         nodes = tuple(fleet.standings())
         return Progress(self._coordinator.standings, nodes, fleet.outdated, fleet.update_fault)
 
-    async def nodes(self) -> list[NodeStanding]:
-        """The nodes, and what is on each."""
-        return self._fleet.standings()
+    async def layout(self) -> Layout:
+        """The nodes, what is on each, and how standbys do."""
+        standbys = {}
+        if self._plan.settings.storage.replicas:
+            for shard_id in self._coordinator.shards:
+                standing = self._replicas.standing(shard_id)
+                fault = self._fleet.standby_fault(shard_id)
+                standbys[shard_id] = replace(standing, message=fault) if fault else standing
+        return Layout(tuple(self._fleet.standings()), standbys)
 
     async def deployed(self) -> tuple[Manifest, Settings, str]:
         """What the service runs with: what it was made with, its settings as they were given, the schema's text."""
@@ -212,22 +226,25 @@ class _RayShards:
 
     def create(self, shard_id: int) -> _RayShard:
         self._fleet.add(shard_id)
-        return _RayShard(self._fleet, shard_id)
+        return self.find(shard_id)
+
+    def find(self, shard_id: int) -> _RayShard:
+        """The shard, wherever it is just then."""
+        return _RayShard(lambda: self._fleet.shard(shard_id))
 
     async def remove(self, shard_id: int) -> None:
         await self._fleet.remove(shard_id)
 
 
 class _RayShard:
-    """`ShardControl` by calls to a shard's actor, whichever that is just now."""
+    """`ShardControl` by calls to an actor of a shard, whichever that is just now."""
 
-    def __init__(self, fleet: Fleet, shard_id: int) -> None:
-        self._fleet = fleet
-        self._shard_id = shard_id
+    def __init__(self, find: Callable[[], ActorHandle[Any]]) -> None:
+        self._find = find
 
     @property
     def _handle(self) -> ActorHandle[Any]:
-        return self._fleet.shard(self._shard_id)
+        return self._find()
 
     async def describe(self, grant: Grant | None) -> ShardDescription:
         try:
@@ -260,6 +277,18 @@ class _RayShard:
 
     async def adopt(self, sums: bytes) -> None:
         await self._handle.adopt.remote(sums)
+
+    async def follow(self, replication: str, incarnation: str) -> None:
+        await self._handle.follow.remote(replication, incarnation)
+
+    async def promote(self, incarnation: str) -> None:
+        await self._handle.promote.remote(incarnation)
+
+    async def replicate(self, replication: str, address: str) -> None:
+        await self._handle.replicate.remote(replication, address)
+
+    async def release(self, replication: str) -> None:
+        await self._handle.release.remote(replication)
 
     async def population_state(self) -> bytes:
         state: bytes = await self._handle.population_state.remote()

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from profile_service.cluster.plan import NodeStanding
+from profile_service.cluster.plan import Layout
 from profile_service.errors import InvalidArgument, Unavailable
 
 
 class Changes(Protocol):
     """What runs where, and changes of owners. Those return when everything is done, however long that takes."""
 
-    async def nodes(self) -> Sequence[NodeStanding]:
-        """The nodes, and what is on each."""
+    async def layout(self) -> Layout:
+        """The nodes, what is on each, and how standbys do."""
 
     async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
         """Gives the partitions to a shard."""

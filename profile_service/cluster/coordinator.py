@@ -3,6 +3,7 @@
 
 watch       every shard is asked where it is and how it does, each on its own, so that one that does not answer holds up
             none of the others; one that is back elsewhere gets a place in a new epoch, told to the shards first
+standbys    are built, and promoted when their owners are away (`replicas.py`)
 moves       partitions change owners, shards come and go (`mover.py`)
 population  the shards' sums are gathered and given to all of them, one round after the other
 
@@ -31,10 +32,10 @@ from typing import Protocol, TypeVar
 
 from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.replicas import Replicas
+from profile_service.cluster.shard_control import Located, ShardControl, ShardDead
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.errors import Unavailable
-from profile_service.shard.lease import Grant
-from profile_service.shard.moves import Departed
 
 WATCH_INTERVAL_S = 0.5
 """Between two looks at a shard that serves."""
@@ -47,6 +48,9 @@ FIRST_LOOK_S = 10.0
 
 DESCRIBE_TIMEOUT_S = 5.0
 """A shard that does not answer for so long is away."""
+
+PROBE_INTERVAL_S = 0.2
+"""How long a look waits before it finds out whether anybody still listens where the shard was, and again after that."""
 
 TELL_TIMEOUT_S = 1.0
 """A shard that does not answer for so long is told of an epoch, or of the population, in a later round."""
@@ -73,50 +77,6 @@ class Standing:
         return self.state in ("serving", "full", "stalled")
 
 
-class ShardDead(Exception):
-    """The shard is away, and will not be back by itself."""
-
-
-class Located(Protocol):
-    """What a shard says of itself."""
-
-    @property
-    def address(self) -> str:
-        """host:port; empty until it listens."""
-
-    @property
-    def node(self) -> str:
-        """Node it runs on."""
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that it goes by."""
-
-    @property
-    def state(self) -> str:
-        """As in `Standing`."""
-
-    @property
-    def progress(self) -> float:
-        """As in `Standing`."""
-
-    @property
-    def message(self) -> str:
-        """As in `Standing`."""
-
-    @property
-    def incarnation(self) -> str:
-        """Tells this process from those before it."""
-
-    @property
-    def lock(self) -> str:
-        """Identity of the lock that it has on its directory; empty before it has it."""
-
-    @property
-    def asked_ns(self) -> int:
-        """When it asked for a lease, by its own clock."""
-
-
 class Memory(Protocol):
     """What outlasts a coordinator: each call returns when it is durable, or raises OSError."""
 
@@ -130,41 +90,6 @@ class Memory(Protocol):
         """This is who owns what."""
 
 
-class ShardControl(Protocol):
-    """The calls that the coordinator makes to one shard. Each raises whatever the transport raises where the shard is
-    away, and ShardDead where it stays so."""
-
-    async def describe(self, grant: Grant | None) -> Located:
-        """Where it is, and how it does; `grant` is its lease."""
-
-    async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
-        """Tells it what it owns."""
-
-    async def expect(self, move_id: str, epoch: int, partitions: Sequence[int]) -> None:
-        """As shard.Moves.expect."""
-
-    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
-        """As shard.Moves.depart, to the shard at that address."""
-
-    async def finish(self, move_id: str) -> Departed:
-        """As shard.Moves.finish."""
-
-    async def clean(self, partitions: Sequence[int]) -> None:
-        """As shard.Moves.clean."""
-
-    async def sums(self) -> bytes:
-        """As shard.Moves.sums."""
-
-    async def adopt(self, sums: bytes) -> None:
-        """As shard.Moves.adopt."""
-
-    async def population_state(self) -> bytes:
-        """Its sums."""
-
-    async def set_population(self, states: Sequence[bytes]) -> None:
-        """Gives it the sums of all."""
-
-
 class Coordinator:
     """Owns the topology of the shards given to it.
 
@@ -175,6 +100,8 @@ class Coordinator:
         shards: by shard id, as many as there are at first.
         memory: where epochs are made durable. An OSError is logged: a disk that fails keeps no shard from being found.
         leases: of the shards.
+        replicas: their standbys; None where no shard has one.
+        listens: whether anybody may listen at an address, host:port. None where that cannot be told.
     """
 
     def __init__(
@@ -186,6 +113,8 @@ class Coordinator:
         population_interval_s: float,
         memory: Memory,
         leases: Leases,
+        replicas: Replicas | None = None,
+        listens: Callable[[str], Awaitable[bool]] | None = None,
     ) -> None:
         self._ownership = ownership
         self._topology = ownership.topology(partition_bits, epoch)
@@ -193,6 +122,11 @@ class Coordinator:
         self._population_interval_s = population_interval_s
         self._memory = memory
         self._leases = leases
+        self._replicas = replicas
+        self._listens = listens
+        self._answered: set[int] = set()
+        """Shards that this coordinator has heard of: one that it has not may just be on its way."""
+        self._patient_until_s = 0.0
         self._standings = dict.fromkeys(self._shards, Standing("starting"))
         self._populations: dict[int, bytes] = {}
         self.changing = asyncio.Lock()
@@ -214,6 +148,7 @@ class Coordinator:
 
     async def start(self) -> None:
         """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
+        self._patient_until_s = asyncio.get_running_loop().time() + FIRST_LOOK_S
         found = await self._ask_all(self._shards, self._ask, FIRST_LOOK_S)
         for shard_id, located in found.items():
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
@@ -303,6 +238,8 @@ class Coordinator:
         del self._shards[shard_id], self._standings[shard_id]
         self._populations.pop(shard_id, None)
         self._leases.forget(shard_id)
+        if self._replicas is not None:
+            self._replicas.forget(shard_id)
 
     def forget_population(self, shard_id: int) -> None:
         """The shard's sums count as another's from now on."""
@@ -316,19 +253,60 @@ class Coordinator:
     async def _look_at(self, shard_id: int) -> None:
         try:
             async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                located = await self._ask(shard_id)
+                located = await self._ask_while_there(shard_id)
         except ShardDead as error:
             await self._stand(shard_id, Standing("failed", message=str(error)))
+            await self._replace(shard_id)
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, the shard did not answer.
             await self._stand(shard_id, Standing("away", message=reason_of(error)))
+            await self._replace(shard_id)
         else:
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
             await self._relocate({shard_id: located})
+            if located.state == "failed" or (
+                located.state == "recovering" and self._follows_another(shard_id, located)
+            ):
+                await self._replace(shard_id)
+            elif self._replicas is not None and self._standings[shard_id].reads and self._holds(shard_id, located):
+                await self._replicas.heard(shard_id, self._shards[shard_id], located)
+
+    def _follows_another(self, shard_id: int, located: Located) -> bool:
+        """Whether the process is there because the one that had the lease has ended."""
+        held = self._leases.holders.get(shard_id)
+        return held is not None and held.incarnation != located.incarnation
+
+    def _holds(self, shard_id: int, located: Located) -> bool:
+        held = self._leases.holders.get(shard_id)
+        return held is not None and held.incarnation == located.incarnation
+
+    async def _replace(self, shard_id: int) -> None:
+        """The shard is away, or not back yet: its standby takes its place, if it has one that can."""
+        if self._replicas is None:
+            return
+        if shard_id not in self._answered and asyncio.get_running_loop().time() < self._patient_until_s:
+            return
+        if await self._replicas.promote(shard_id):
+            await self._look_at(shard_id)
+
+    async def _ask_while_there(self, shard_id: int) -> Located:
+        """As `_ask`. Where a standby could take over it raises ConnectionError as soon as nobody listens at the shard's
+        address any more: that shows before a call fails. Else the process is waited for, which may be on its way."""
+        known = [shard.address for shard in self._topology.shards if shard.shard_id == shard_id and shard.address]
+        asking = asyncio.ensure_future(self._ask(shard_id))
+        try:
+            while not (await asyncio.wait([asking], timeout=PROBE_INTERVAL_S))[0]:
+                replaceable = self._replicas is not None and self._replicas.may_promote(shard_id)
+                if replaceable and self._listens is not None and known and not await self._listens(known[0]):
+                    raise ConnectionError(f"nobody listens at {known[0]}")
+            return await asking
+        finally:
+            asking.cancel()
 
     async def _ask(self, shard_id: int) -> Located:
         """Asks the shard where it is, and gives it its lease."""
         shard = self._shards[shard_id]
         located = await shard.describe(self._leases.grant(shard_id))
+        self._answered.add(shard_id)
         if await self._hear(shard_id, located):
             # Its first lease is not to wait for the next look.
             located = await shard.describe(self._leases.grant(shard_id))
@@ -340,16 +318,19 @@ class Coordinator:
         asking = Holder(located.incarnation, located.lock)
         held = self._leases.holders.get(shard_id)
         new = held is None or held.incarnation != asking.incarnation
-        if held != asking and not await self._take_as_holder(shard_id, asking):
+        if held != asking and not await self._take_as_holder(shard_id, asking, located.promoted):
             return False
         self._leases.heard(shard_id, asking, located.asked_ns)
         return new
 
-    async def _take_as_holder(self, shard_id: int, asking: Holder) -> bool:
+    async def _take_as_holder(self, shard_id: int, asking: Holder, promoted: bool) -> bool:
         async with self._holding:
-            if not self._leases.may_hold(shard_id, asking):
+            if not self._leases.may_hold(shard_id, asking, promoted=promoted):
                 return False
+            held = self._leases.holders.get(shard_id)
             try:
+                if self._replicas is not None and (held is None or held.incarnation != asking.incarnation):
+                    await self._replicas.new_owner(shard_id)
                 await self._memory.holders({**self._leases.holders, shard_id: asking})
             except OSError as error:
                 logger.warning("shard %d gets no lease: its holder cannot be made durable: %s", shard_id, error)
@@ -404,9 +385,21 @@ class Coordinator:
             logger.warning("epoch %d cannot be made durable: %s", epoch, error)
 
     async def _tell(self, topology: Topology, shard_ids: Sequence[int]) -> None:
-        # Whoever misses it is told after the next look: its epoch gives it away.
-        def tell(shard_id: int) -> Awaitable[None]:
-            return self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
+        # Whoever misses it is told after the next look: its epoch gives it away. Those that are away hold nobody up.
+        async def tell(shard_id: int) -> None:
+            update = self._shards[shard_id].update_topology(topology.epoch, topology.owned_by(shard_id))
+            telling, going = asyncio.ensure_future(update), asyncio.ensure_future(self.until(lambda: is_away(shard_id)))
+            try:
+                await asyncio.wait([telling, going], return_when=asyncio.FIRST_COMPLETED)
+                if telling.done():
+                    await telling
+            finally:
+                telling.cancel()
+                going.cancel()
+
+        def is_away(shard_id: int) -> bool:
+            standing = self._standings.get(shard_id)
+            return standing is None or standing.state in ("away", "failed")
 
         await self._ask_all(shard_ids, tell, TELL_TIMEOUT_S)
 

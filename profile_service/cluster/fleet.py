@@ -1,17 +1,16 @@
 """The processes of the service on the nodes of the Ray cluster: a frontend on each node, each shard on the node that
-has its data. Made true again and again, whatever dies, comes or goes; all actors are created here.
+has its data. Made true again and again, whatever dies, comes or goes (`processes.py` says what these processes are).
 
     node joins    surveyed (`survey.py`), gets a frontend; if it has a shard's data, gets the shard
-    node leaves   its frontend is forgotten; its shards wait for it: what they hold is on its disk only
+    node leaves   its frontend is forgotten; shards whose home it is, and that have no standby, wait for it
     new shard     gets a home: the node that is least laden for what it has. Durable before its process starts
+    standby       gets another node in the same way, where there is one: a second process of the shard (`replicas.py`).
+                  One whose node stays away gets yet another, unless it may have to be promoted
     process dies  Ray starts it again, on the same node
     deployment    processes of another generation are replaced one by one, each when the one before serves
 
-A process's name says what it is, where and of which generation: `shard-3@NODE_ID#GENERATION`. So a coordinator that
-has just started finds what its predecessor left, and two processes for one thing cannot have been meant.
-
-Ray's node affinity is hard: a shard on another node than its data would be an empty one. Where the data is does not
-follow Ray's node ids, which change with each start of a node, but the name in the data directory.
+Where the data is does not follow Ray's node ids, which change with each start of a node, but the name in the data
+directory.
 """
 
 from __future__ import annotations
@@ -20,23 +19,26 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from profile_service.cluster.calls import COORDINATOR_NAME, NAMESPACE, on_node, run_on_node
+from profile_service.cluster.calls import run_on_node
 from profile_service.cluster.coordinator import reason_of
-from profile_service.cluster.memory import CoordinatorMemory
-from profile_service.cluster.plan import FrontendDescription, Node, NodeStanding, Plan, home_of_new_shard
+from profile_service.cluster.places import PlaceRegister, Places
+from profile_service.cluster.plan import (
+    FrontendDescription,
+    Node,
+    NodeStanding,
+    Plan,
+    home_of_new_shard,
+    home_of_standby,
+)
+from profile_service.cluster.processes import Process, create_frontend, create_shard, find_processes
 from profile_service.cluster.survey import Survey, make_shard_directory, remove_shard_directory, survey
-from profile_service.shard.actor import ShardActor
 from profile_service.storage.data_directory import shard_directory
-
-ACTOR_CPUS = 0.001
-"""Ray places actors by it. The machine's cores are shared by all of them, so each asks for next to nothing; it is more
-than nothing, or else an autoscaler would take the node for an idle one."""
 
 FOLLOW_INTERVAL_S = 1.0
 """Between two looks at the nodes and their frontends."""
@@ -53,6 +55,9 @@ REPLACED_S = 0.2
 
 SHARD_GRACE_S = 1.0
 
+STANDBY_PATIENCE_S = 30.0
+"""A standby whose node is away for so long gets another one: it may have been started anew only."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -60,76 +65,34 @@ class Away(Exception):
     """There is no process to ask, and why."""
 
 
-@dataclass(frozen=True)
-class Process:
-    """An actor of the service."""
-
-    role: str
-    """ "frontend", or "shard-" and its id."""
-    node_id: str
-    generation: str
-    handle: ActorHandle[Any]
-
-    @property
-    def name(self) -> str:
-        """By which Ray knows it."""
-        return _name(self.role, self.node_id, self.generation)
-
-
-def create_coordinator(actor_class: type, plan: Plan, head_cpus: float) -> ActorHandle[Any]:
-    """The coordinator, on the head node: it keeps what it knows in that node's data directory. Found, where there is
-    one."""
-    options = {"num_cpus": _cpus(head_cpus), "resources": {"node:__internal_head__": ACTOR_CPUS}}
-    return _create(actor_class, COORDINATOR_NAME, options, plan)
-
-
-def create_frontend(plan: Plan, node: Node) -> Process:
-    """A node's frontend: created, or found where there is one."""
-    return _create_on(node, plan, "frontend", plan.frontend, plan.schema, node.settings(plan.settings))
-
-
-def create_shard(plan: Plan, shard_id: int, node: Node) -> Process:
-    """A shard on the node that has its directory: created, or found where there is one."""
-    return _create_on(
-        node,
-        plan,
-        f"shard-{shard_id}",
-        ShardActor,
-        shard_id,
-        plan.schema.text,
-        node.settings(plan.settings),
-        # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
-        0,
-        (),
-        plan.manifest.identity(shard_id),
-        shard_directory(node.data_dir, shard_id),
-    )
-
-
 class Fleet:
     """All processes but the coordinator's.
 
     Args:
         plan: what is to run.
-        memory: where the homes of shards are made durable, where they are on several nodes.
+        register: where shards are, where they are on several nodes.
     """
 
-    def __init__(self, plan: Plan, memory: CoordinatorMemory, shard_ids: Iterable[int]) -> None:
+    def __init__(self, plan: Plan, register: PlaceRegister, shard_ids: Iterable[int]) -> None:
         self._plan = plan
-        self._memory = memory
+        self._register = register
         self._shard_ids = list(shard_ids)
-        self._homes = memory.last_homes()
         self._nodes: dict[str, Node] = {}
         """By Ray's id: those that are part of the cluster now."""
         self._away: dict[str, Node] = {}
         """By name: those that were, as they were."""
-        self._shards: dict[int, Process] = {}
+        self._away_since: dict[str, float] = {}
+        """By name: when they were first missed, by the loop's clock."""
+        self._shards: dict[tuple[int, str], Process] = {}
+        """By shard and node id."""
         self._frontends: dict[str, Process] = {}
         """By node id."""
         self._described: dict[str, FrontendDescription] = {}
         """By node id."""
         self._faults: dict[int, str] = {}
         """By shard: why it has no process."""
+        self._standby_faults: dict[int, str] = {}
+        """By shard: why it has no standby."""
         self._changing = asyncio.Lock()
         self._wake = asyncio.Event()
         """Something is to be made true soon."""
@@ -138,19 +101,42 @@ class Fleet:
         self.update_fault = ""
         """Why a deployment has stopped before its end; empty where it has not."""
 
+    @property
+    def _places(self) -> Places:
+        """Where shards are."""
+        if self._plan.node is not None:
+            return Places(dict.fromkeys(self._shard_ids, self._plan.node.name))
+        return self._register.places
+
     def shard(self, shard_id: int) -> ActorHandle[Any]:
-        """The shard's actor. Raises Away where it has none."""
-        home = self._node_named(self._homes.get(shard_id, ""))
-        process = self._shards.get(shard_id)
-        if process is not None and process.node_id in self._nodes:
-            return process.handle
+        """The actor of the shard's home. Raises Away where it has none."""
         if fault := self._faults.get(shard_id):
             raise Away(fault)
-        if home is None and shard_id in self._homes:
-            before = self._away.get(self._homes[shard_id])
-            where = f"{before.address} ({before.name})" if before else self._homes[shard_id]
+        if shard_id not in self._places.homes:
+            raise Away("it has no process yet")
+        return self._process_at(shard_id, self._places.homes[shard_id])
+
+    def standby(self, shard_id: int) -> ActorHandle[Any]:
+        """The actor of the shard's standby. Raises Away where it has none."""
+        standby = self._places.standbys.get(shard_id)
+        if standby is None:
+            raise Away(self.standby_fault(shard_id))
+        return self._process_at(shard_id, standby.node)
+
+    def standby_fault(self, shard_id: int) -> str:
+        """Why the shard has no standby; empty where nothing is known of it."""
+        return self._standby_faults.get(shard_id, "")
+
+    def _process_at(self, shard_id: int, name: str) -> ActorHandle[Any]:
+        node = self._node_named(name)
+        if node is None:
+            before = self._away.get(name)
+            where = f"{before.address} ({before.name})" if before else name
             raise Away(f"its data is on the node {where}, which is not part of the cluster now")
-        raise Away("it has no process yet")
+        process = self._shards.get((shard_id, node.node_id))
+        if process is None:
+            raise Away("it has no process yet")
+        return process.handle
 
     @property
     def outdated(self) -> int:
@@ -160,14 +146,30 @@ class Fleet:
     def standings(self) -> list[NodeStanding]:
         """How the nodes do, by address."""
         held: dict[str, list[int]] = {}
-        for shard_id, name in sorted(self._homes.items()):
+        for shard_id, name in sorted(self._places.homes.items()):
             held.setdefault(name, []).append(shard_id)
-        found = [self._standing(node, held.pop(node.name, [])) for node in self._nodes.values()]
-        for name, shard_ids in held.items():
+        standbys: dict[str, list[int]] = {}
+        for shard_id, standby in sorted(self._places.standbys.items()):
+            standbys.setdefault(standby.node, []).append(shard_id)
+        found = [
+            self._standing(node, held.pop(node.name, []), standbys.pop(node.name, [])) for node in self._nodes.values()
+        ]
+        for name in held.keys() | standbys.keys():
             before = self._away.get(name)
             address, data_dir = (before.address, str(before.data_dir)) if before else ("", "")
-            message = "not part of the cluster now; its shards wait for it"
-            found.append(NodeStanding(name, "", address, "away", tuple(shard_ids), data_dir=data_dir, message=message))
+            message = "not part of the cluster now" + ("; its shards wait for it" if name in held else "")
+            found.append(
+                NodeStanding(
+                    name,
+                    "",
+                    address,
+                    "away",
+                    tuple(held.get(name, [])),
+                    data_dir=data_dir,
+                    message=message,
+                    standby_ids=tuple(standbys.get(name, [])),
+                )
+            )
         return sorted(found, key=lambda standing: (standing.address, standing.name))
 
     async def adopt(self) -> None:
@@ -178,7 +180,7 @@ class Fleet:
             if process.role == "frontend":
                 self._frontends[process.node_id] = process
             else:
-                self._shards[int(process.role.removeprefix("shard-"))] = process
+                self._shards[int(process.role.removeprefix("shard-")), process.node_id] = process
         await self.look()
 
     async def follow(self) -> None:
@@ -200,6 +202,11 @@ class Fleet:
             await self._look_at_nodes()
             for shard_id in self._shard_ids:
                 await self._settle(shard_id)
+                if self._plan.settings.storage.replicas:
+                    await self._settle_standby(shard_id)
+                elif shard_id in self._places.standbys:
+                    await self._register.change(lambda places, gone=shard_id: places.without_standby(gone))  # type: ignore[misc]
+                self._end_strays(shard_id)
             for node in self._nodes.values():
                 if node.node_id not in self._frontends:
                     self._frontends[node.node_id] = create_frontend(self._plan, node)
@@ -217,20 +224,20 @@ class Fleet:
         async with self._changing:
             if shard_id in self._shard_ids:
                 self._shard_ids.remove(shard_id)
-            if (process := self._shards.pop(shard_id, None)) is not None:
-                ray.kill(process.handle)
+            for place in [place for place in self._shards if place[0] == shard_id]:
+                ray.kill(self._shards.pop(place).handle)
             if self._plan.node is not None:
                 await asyncio.to_thread(remove_shard_directory, self._plan.node.data_dir, shard_id)
                 return
-            home = self._node_named(self._homes.get(shard_id, ""))
-            if home is not None:
+            places = self._places
+            held = [places.homes.get(shard_id, "")]
+            if shard_id in places.standbys:
+                held.append(places.standbys[shard_id].node)
+            for node in filter(None, map(self._node_named, held)):
                 async with asyncio.timeout(SURVEY_TIMEOUT_S):
-                    await run_on_node(home.node_id, remove_shard_directory, home.data_dir, shard_id)
-                self._nodes[home.node_id] = replace(home, shards=home.shards - {shard_id})
-            if shard_id in self._homes:
-                homes = {known: name for known, name in self._homes.items() if known != shard_id}
-                await self._memory.homes(homes)
-                self._homes = homes
+                    await run_on_node(node.node_id, remove_shard_directory, node.data_dir, shard_id)
+                self._nodes[node.node_id] = replace(node, shards=node.shards - {shard_id})
+            await self._register.change(lambda places: places.without(shard_id))
 
     async def update(self) -> None:
         """Replaces processes of another generation, one after the other; stops where one does not come to serve."""
@@ -238,7 +245,10 @@ class Fleet:
         for node_id, process in sorted(self._frontends.items()):
             if process.generation != generation and node_id in self._nodes:
                 await self._replace_frontend(process)
-        for shard_id, process in sorted(self._shards.items()):
+        homes = self._places.homes
+        # Standbys first: those that can take over then do, of the schema of now.
+        shards = sorted(self._shards.items(), key=lambda item: homes.get(item[0][0]) == self._name_of(item[0][1]))
+        for (shard_id, _), process in shards:
             if process.generation == generation or process.node_id not in self._nodes:
                 continue
             if fault := await self._replace_shard(shard_id, process):
@@ -261,13 +271,16 @@ class Fleet:
     def _processes(self) -> list[Process]:
         return [p for p in (*self._frontends.values(), *self._shards.values()) if p.node_id in self._nodes]
 
+    def _name_of(self, node_id: str) -> str:
+        return self._nodes[node_id].name if node_id in self._nodes else ""
+
     def _node_named(self, name: str) -> Node | None:
         return next((node for node in self._nodes.values() if node.name == name and not node.fault), None)
 
     def _is_ready(self, node_id: str) -> bool:
         return node_id in self._described and self._described[node_id].ready
 
-    def _standing(self, node: Node, shard_ids: list[int]) -> NodeStanding:
+    def _standing(self, node: Node, shard_ids: list[int], standby_ids: list[int]) -> NodeStanding:
         described = self._described.get(node.node_id, FrontendDescription())
         fault = node.fault or described.fault
         return NodeStanding(
@@ -280,24 +293,27 @@ class Fleet:
             described.http_address,
             str(node.data_dir),
             fault,
+            tuple(standby_ids),
         )
 
     async def _look_at_nodes(self) -> None:
         if self._plan.node is not None:
             node = self._plan.node
             self._nodes = {node.node_id: node}
-            self._homes = dict.fromkeys(self._shard_ids, node.name)
             return
         alive = await asyncio.to_thread(_alive_nodes)
         for node_id in self._nodes.keys() - alive.keys():
             node = self._nodes.pop(node_id)
             self._away[node.name] = node
             logger.warning("node %s at %s has left", node_id, node.address)
-            for forgotten in (self._frontends.pop(node_id, None), self._described.pop(node_id, None)):
-                if isinstance(forgotten, Process):
-                    ray.kill(forgotten.handle)
+            self._described.pop(node_id, None)
+            # One that shared its directory may have been the same, started anew: it is looked at again.
+            self._nodes = {known: other for known, other in self._nodes.items() if other.name != node.name}
         for node_id in self._frontends.keys() - alive.keys():
             ray.kill(self._frontends.pop(node_id).handle)
+        for place in [place for place in self._shards if place[1] not in alive]:
+            # Its processes may go on, cut off: without a lease, in a while.
+            ray.kill(self._shards.pop(place).handle)
         new = [found for node_id, found in alive.items() if node_id not in self._nodes]
         for node in filter(None, await asyncio.gather(*(self._survey(found) for found in new))):
             twin = self._node_named(node.name)
@@ -330,22 +346,72 @@ class Fleet:
         )
 
     async def _settle(self, shard_id: int) -> None:
-        """Sees to it that the shard's process is where its data is."""
-        if shard_id not in self._homes and not await self._give_home(shard_id):
+        """Sees to it that the shard has a process where its data is."""
+        if shard_id not in self._places.homes and not await self._give_home(shard_id):
             return
-        home = self._node_named(self._homes[shard_id])
+        home = self._node_named(self._places.homes[shard_id])
         if home is None:
             return
         if self._plan.node is None and shard_id not in home.shards:
             self._faults[shard_id] = f"{shard_directory(home.data_dir, shard_id)} is missing on {home.address}"
             return
         self._faults.pop(shard_id, None)
-        process = self._shards.get(shard_id)
-        if process is not None and process.node_id == home.node_id:
+        self._run(shard_id, home)
+
+    async def _settle_standby(self, shard_id: int) -> None:
+        """Sees to it that the shard has a standby, and that a process where it is to be."""
+        if shard_id not in self._places.homes:
             return
-        if process is not None:
-            ray.kill(process.handle)
-        self._shards[shard_id] = create_shard(self._plan, shard_id, home)
+        standby = self._places.standbys.get(shard_id)
+        node = None if standby is None else self._node_named(standby.node)
+        if standby is None or (node is None and not standby.in_sync and self._has_left(standby.node)):
+            chosen = home_of_standby(self._nodes.values(), self._places, shard_id)
+            if chosen is None:
+                fault = "no other node can take one: what is acknowledged is on one machine only"
+                if self._standby_faults.get(shard_id) != fault:
+                    logger.warning("shard %d has no standby: %s", shard_id, fault)
+                self._standby_faults[shard_id] = fault
+                return
+            await self._make_directory(chosen, shard_id)
+            await self._register.change(
+                lambda places: (
+                    places.with_standby(shard_id, chosen.name) if places.standbys.get(shard_id) == standby else places
+                )
+            )
+            node = self._node_named(self._places.standbys[shard_id].node)
+        self._standby_faults.pop(shard_id, None)
+        if node is None:
+            return
+        if shard_id not in node.shards:
+            # Nothing in it is needed: a standby is built from its owner.
+            if self._places.standbys[shard_id].in_sync:
+                self._standby_faults[shard_id] = f"{shard_directory(node.data_dir, shard_id)} is missing"
+                return
+            node = await self._make_directory(node, shard_id)
+        self._run(shard_id, node)
+
+    def _has_left(self, name: str) -> bool:
+        """Whether the node has been away for so long that its standbys go elsewhere."""
+        now_s = asyncio.get_running_loop().time()
+        return now_s >= self._away_since.setdefault(name, now_s) + STANDBY_PATIENCE_S
+
+    def _run(self, shard_id: int, node: Node) -> None:
+        """The shard has a process on that node."""
+        self._away_since.pop(node.name, None)
+        if (shard_id, node.node_id) not in self._shards:
+            self._shards[shard_id, node.node_id] = create_shard(self._plan, shard_id, node)
+
+    def _end_strays(self, shard_id: int) -> None:
+        """Ends the shard's processes where neither its home is nor its standby; what they have stored stays."""
+        places = self._places
+        if shard_id not in places.homes:
+            return
+        meant = {places.homes[shard_id]}
+        if shard_id in places.standbys:
+            meant.add(places.standbys[shard_id].node)
+        for place in [place for place in self._shards if place[0] == shard_id]:
+            if self._name_of(place[1]) not in meant:
+                ray.kill(self._shards.pop(place).handle)
 
     async def _give_home(self, shard_id: int) -> bool:
         """Returns whether the shard has a home now."""
@@ -355,17 +421,19 @@ class Fleet:
             self._faults[shard_id] = f"there is a directory of it on each of {where}; which one is right is not known"
             return False
         # A directory that no home was given to: of a service of one machine, or of a home that was not yet durable.
-        home = found[0] if found else home_of_new_shard(self._nodes.values(), self._homes)
+        home = found[0] if found else home_of_new_shard(self._nodes.values(), self._places)
         if home is None:
             self._faults[shard_id] = f"no node can take it: none has {self._plan.resource} and a usable data directory"
             return False
-        async with asyncio.timeout(SURVEY_TIMEOUT_S):
-            await run_on_node(home.node_id, make_shard_directory, home.data_dir, shard_id)
-        homes = {**self._homes, shard_id: home.name}
-        await self._memory.homes(homes)
-        self._homes = homes
-        self._nodes[home.node_id] = replace(home, shards=home.shards | {shard_id})
+        home = await self._make_directory(home, shard_id)
+        await self._register.change(lambda places: places.with_home(shard_id, home.name))
         return True
+
+    async def _make_directory(self, node: Node, shard_id: int) -> Node:
+        async with asyncio.timeout(SURVEY_TIMEOUT_S):
+            await run_on_node(node.node_id, make_shard_directory, node.data_dir, shard_id)
+        self._nodes[node.node_id] = made = replace(node, shards=node.shards | {shard_id})
+        return made
 
     async def _describe_frontends(self) -> None:
         async def describe(process: Process) -> None:
@@ -396,7 +464,7 @@ class Fleet:
         logger.info("shard %d on %s is replaced", shard_id, node.address)
         await self._end(process, self._plan.settings.drain_timeout_s)
         async with self._changing:
-            self._shards[shard_id] = process = create_shard(self._plan, shard_id, node)
+            self._shards[shard_id, node.node_id] = process = create_shard(self._plan, shard_id, node)
         while node.node_id in self._nodes:
             try:
                 async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
@@ -421,43 +489,6 @@ class Fleet:
         except Exception as error:  # noqa: BLE001  # Whatever it is, the rest has to be stopped.
             logger.warning("%s could not be drained: %s", process.name, reason_of(error))
         ray.kill(process.handle)
-
-
-def _create_on(node: Node, plan: Plan, role: str, actor_class: type, *arguments: object) -> Process:
-    options = {"num_cpus": _cpus(node.cpus), "scheduling_strategy": on_node(node.node_id)}
-    name = _name(role, node.node_id, plan.generation)
-    return Process(role, node.node_id, plan.generation, _create(actor_class, name, options, *arguments))
-
-
-def _create(actor_class: type, name: str, options: Mapping[str, Any], *arguments: object) -> ActorHandle[Any]:
-    """The actor of this name in the service's namespace: created, or found where there is one. Ray restarts it for
-    ever."""
-    remote_class: Any = ray.remote(actor_class)
-    handle: ActorHandle[Any] = remote_class.options(
-        name=name, namespace=NAMESPACE, get_if_exists=True, lifetime="detached", max_restarts=-1, **options
-    ).remote(*arguments)
-    return handle
-
-
-def _cpus(of_node: float) -> float:
-    """A head is often given no CPU, to keep work away from it: it can take a frontend all the same."""
-    return ACTOR_CPUS if of_node else 0.0
-
-
-def _name(role: str, node_id: str, generation: str) -> str:
-    return f"{role}@{node_id}#{generation}"
-
-
-def find_processes() -> list[Process]:
-    """All of the service that Ray knows of and has not given up, but for the coordinator."""
-    found = []
-    for listed in ray.util.list_named_actors(all_namespaces=True):
-        role, at, rest = listed["name"].partition("@")
-        node_id, _, generation = rest.partition("#")
-        if listed["namespace"] == NAMESPACE and at:
-            handle = ray.get_actor(listed["name"], namespace=NAMESPACE)
-            found.append(Process(role, node_id, generation, handle))
-    return found
 
 
 def _alive_nodes() -> dict[str, Mapping[str, Any]]:

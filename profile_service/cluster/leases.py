@@ -3,10 +3,12 @@ side is in `shard.lease`).
 
     nobody ──first to ask──▶ held by X ──another asks──▶ waits ──X's last lease has run out──▶ held by the other
                                   │                                                               ▲
-                                  └── the other has the lock on the directory that X had ─────────┘
+                                  ├── the other has the lock on the directory that X had ─────────┤
+                                  └── the other was X's standby, and was promoted ────────────────┘
 
-The lock proves that X has ended: the kernel gives it to one process of one file, and back when that one ends. It proves
-nothing of a process with another file, on another machine or of another copy; for that one there is only waiting.
+The lock proves that X has ended: the kernel gives it to one process of one file, and back when that one ends. A standby
+that was promoted takes nothing of X any more, and X acknowledges nothing that it has not taken. Neither proves anything
+of a process with another file, on another machine or of another copy; for that one there is only waiting.
 
 The holders are durable before they hold anything. A new coordinator takes it that each was given a lease a moment ago.
 No I/O here, and time comes in: a simulation runs it.
@@ -57,10 +59,15 @@ class Leases:
         """By shard id."""
         return dict(self._holders)
 
-    def may_hold(self, shard_id: int, asking: Holder) -> bool:
-        """Whether this process may be the shard's holder from now on."""
+    def may_hold(self, shard_id: int, asking: Holder, *, promoted: bool = False) -> bool:
+        """Whether this process may be the shard's holder from now on; a `promoted` one was the holder's standby."""
         held = self._holders.get(shard_id)
-        if held is None or held.incarnation == asking.incarnation or self._clock() >= self._until_ns[shard_id]:
+        if (
+            promoted
+            or held is None
+            or held.incarnation == asking.incarnation
+            or self._clock() >= self._until_ns[shard_id]
+        ):
             return True
         return bool(asking.lock) and asking.lock == held.lock
 
@@ -69,7 +76,7 @@ class Leases:
         held = self._holders.get(shard_id)
         if held is None or held.incarnation != holder.incarnation:
             self._asked.pop(shard_id, None)
-            # Of a holder that is known to have ended no lease counts any more.
+            # Of a holder that has ended, or can acknowledge nothing, no lease counts any more.
             self._until_ns[shard_id] = self._clock()
         self._holders[shard_id] = holder
 

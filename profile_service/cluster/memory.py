@@ -3,7 +3,7 @@
     epoch.json     the highest epoch ever given out
     leases.json    {"holders": {"0": ["incarnation", "identity of the directory's lock"], …}}
     owners.json    an `Ownership`; before there is one partitions are spread evenly over the shards of `data.json`
-    places.json    {"homes": {"0": "name of the node", …}}, where the service is on several machines
+    places.json    `Places`, where the service is on several machines
     schema.yaml    the schema that is served with
 
 A coordinator has the lock COORDINATOR for as long as it lives: two never write here.
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from profile_service.cluster.leases import Holder
 from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.places import Places
 from profile_service.storage.data_directory import (
     COORDINATOR_LOCK,
     LEASES,
@@ -75,15 +76,15 @@ class CoordinatorMemory:
         self._owners.make_durable()
         return stored_ownership(self._fs, self._directory, manifest)
 
-    def last_homes(self) -> dict[int, str]:
-        """By shard: the name of the node where its directory is. Raises DataLoss."""
-        fields = self._places.read() or {"homes": {}}
-        return {int(shard_id): name for shard_id, name in fields["homes"].items()}
+    def last_places(self) -> Places:
+        """Where the shards' directories are. They are durable from now on, whatever became of the last write of them.
+        Raises DataLoss, OSError."""
+        self._places.make_durable()
+        return Places.decode(self._places.read() or {"homes": {}})
 
-    async def homes(self, homes: Mapping[int, str]) -> None:
-        """The shards' directories are on these nodes. Returns when that is durable, or raises OSError."""
-        encoded = {str(shard_id): name for shard_id, name in sorted(homes.items())}
-        await asyncio.to_thread(self._places.write, {"homes": encoded})
+    async def places(self, places: Places) -> None:
+        """The shards' directories are there. Returns when that is durable, or raises OSError."""
+        await asyncio.to_thread(self._places.write, places.encode())
 
     async def schema(self, text: str) -> None:
         """The service runs with this schema; it lets a start say earlier what the shards would say then. Raises

@@ -24,8 +24,9 @@ from dataclasses import replace
 from typing import Protocol
 
 from profile_service.cluster.changes import Moved
-from profile_service.cluster.coordinator import Coordinator, ShardControl, reason_of
+from profile_service.cluster.coordinator import Coordinator, reason_of
 from profile_service.cluster.ownership import MOVED_AT_ONCE, Move, Ownership, Retirement, next_moves
+from profile_service.cluster.shard_control import ShardControl
 from profile_service.cluster.topology import Topology
 from profile_service.errors import InvalidArgument, Unavailable
 from profile_service.storage.fs import DiskFull

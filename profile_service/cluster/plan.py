@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from profile_service.cluster.coordinator import Standing
+from profile_service.cluster.places import Places
+from profile_service.cluster.replicas import StandbyStanding
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
 from profile_service.storage.data_directory import Manifest
@@ -110,16 +112,37 @@ class NodeStanding:
     data_dir: str = ""
     message: str = ""
     """What the state is about, for people."""
+    standby_ids: tuple[int, ...] = ()
+    """The shards whose standbys are here, ascending."""
 
 
-def home_of_new_shard(nodes: Iterable[Node], homes: Mapping[int, str]) -> Node | None:
+@dataclass(frozen=True)
+class Layout:
+    """What runs where, for people."""
+
+    nodes: tuple[NodeStanding, ...] = ()
+    standbys: Mapping[int, StandbyStanding] = field(default_factory=dict)
+    """By shard; empty where none is asked for."""
+
+
+def home_of_new_shard(nodes: Iterable[Node], places: Places) -> Node | None:
     """The node that takes a shard which has no data yet: the one that is then the least laden for what it has. None
     where no node can take one.
 
     Args:
         nodes: those that are there.
-        homes: shard id -> name of the node where its data is.
+        places: where the data of shards is.
     """
-    laden = Counter(homes.values())
+    return _least_laden(nodes, Counter(places.homes.values()))
+
+
+def home_of_standby(nodes: Iterable[Node], places: Places, shard_id: int) -> Node | None:
+    """The node that takes the standby of a shard: not the shard's own. None where no other can take one."""
+    laden = Counter(places.homes.values())
+    laden.update(standby.node for standby in places.standbys.values())
+    return _least_laden((node for node in nodes if node.name != places.homes[shard_id]), laden)
+
+
+def _least_laden(nodes: Iterable[Node], laden: Counter[str]) -> Node | None:
     able = [node for node in nodes if node.share > 0 and not node.fault]
     return min(able, key=lambda node: ((laden[node.name] + 1) / node.share, node.address, node.name), default=None)

@@ -1,7 +1,8 @@
-"""Ports to listen on: taken, checked, and said of plainly when they cannot be had."""
+"""Ports to listen on: taken, checked, said of plainly when they cannot be had; and whether anybody listens there."""
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import socket
@@ -15,6 +16,23 @@ LOWEST_PORT = 20_000
 
 _EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _TRIES = 20
+
+PROBE_TIMEOUT_S = 0.5
+
+
+async def listens(address: str) -> bool:
+    """Whether anybody may listen at host:port: False where the connection is refused, which takes no time."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except ConnectionRefusedError:
+        return False
+    except OSError:
+        # Nothing is known: TimeoutError is one of them.
+        return True
+    writer.close()
+    return True
 
 
 def bind(settings: Settings, port: int, flag: str) -> socket.socket:

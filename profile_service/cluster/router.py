@@ -285,11 +285,12 @@ class Router:
 
     async def status(self) -> list[tuple[ShardLocation, shard_pb2.GetShardStatusResponse | None]]:
         """How each shard does, by shard id; None where one cannot be reached. A shard that knows of a later epoch is
-        followed."""
+        followed; of one that does not answer it is asked whether it is elsewhere: a process that hangs, or a machine
+        that is cut off, breaks no stream for a while."""
         links = [self._links[shard_id] for shard_id in sorted(self._links)]
         answers = await asyncio.gather(*(link.status(CONTROL_TIMEOUT_S) for link in links), return_exceptions=True)
         statuses = [None if isinstance(answer, BaseException) else answer for answer in answers]
-        if any(status.epoch > self.topology.epoch for status in statuses if status is not None):
+        if any(status is None or status.epoch > self.topology.epoch for status in statuses):
             await self.refresh()
         return [(link.location, status) for link, status in zip(links, statuses, strict=True)]
 

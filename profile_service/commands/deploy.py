@@ -62,6 +62,8 @@ def deploy(
         return
     for node in standings:
         shards = ", ".join(map(str, node.shard_ids)) or "none"
+        if node.standby_ids:
+            shards += f", standbys {', '.join(map(str, node.standby_ids))}"
         print(f"node {node.address}: gRPC {node.grpc_address}, REST http://{node.http_address}, shards {shards}")
     print("ready", flush=True)
 

@@ -74,6 +74,16 @@ def service_settings(
     snapshot_interval_s: Annotated[
         float, flag("--snapshot-interval-s", "Seconds between two snapshots of a shard.", panel=_STORAGE)
     ] = STORAGE.snapshot_interval_s,
+    replicas: Annotated[
+        int,
+        flag(
+            "--replicas",
+            "Standbys of each shard, on other nodes: with 1 a node can be lost, and nothing that was acknowledged.",
+            panel=_STORAGE,
+            min=0,
+            max=1,
+        ),
+    ] = STORAGE.replicas,
     reset_feature: Annotated[
         list[str],
         flag(
@@ -142,6 +152,7 @@ def service_settings(
             segment_bytes=segment_bytes,
             snapshot_log_bytes=snapshot_log_bytes,
             snapshot_interval_s=snapshot_interval_s,
+            replicas=replicas,
             reset_features=tuple(reset_feature),
         ),
         shards=shards,

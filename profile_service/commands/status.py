@@ -71,6 +71,8 @@ def render_status(answer: admin_service_pb2.GetStatusResponse) -> RenderableType
         facts.add_row(name, plain(value))
     # One table would not fit into 80 columns.
     tables: list[RenderableType] = [_nodes(answer), "", _processes(answer), "", _counted(answer)]
+    if answer.replicas:
+        tables += ["", _standbys(answer)]
     if answer.store in ("", "local"):
         tables += ["", _stored(answer)]
     return Group(facts, "", *tables, *_remarks(answer))
@@ -114,6 +116,16 @@ def _processes(answer: admin_service_pb2.GetStatusResponse) -> Table:
     return table
 
 
+def _standbys(answer: admin_service_pb2.GetStatusResponse) -> Table:
+    """Where each shard's standby is, and whether it has everything."""
+    addresses = {node.name: node.address for node in answer.nodes}
+    table = _table(("shard", "standby", "node"), ())
+    for shard in answer.shards:
+        node = shard.standby_node
+        table.add_row(str(shard.shard_id), plain(shard.standby_state), plain(addresses.get(node) or node or "none"))
+    return table
+
+
 def _counted(answer: admin_service_pb2.GetStatusResponse) -> Table:
     """What each shard has counted, and what is on its way."""
     table = _table(("shard",), ("users", "events", "duplicates", "state MB", "queued kB"))
@@ -150,6 +162,11 @@ def _remarks(answer: admin_service_pb2.GetStatusResponse) -> list[RenderableType
     nodes = [(node.address or node.name, node.message) for node in answer.nodes]
     said = [Text(f"node {plain(name)}: {plain(message)}") for name, message in nodes if message]
     said += [Text(f"shard {shard.shard_id}: {plain(shard.message)}") for shard in answer.shards if shard.message]
+    said += [
+        Text(f"shard {shard.shard_id} has no standby that is in sync: {plain(shard.standby_message)}")
+        for shard in answer.shards
+        if shard.standby_message
+    ]
     return ["", *said] if said else []
 
 

@@ -14,7 +14,7 @@ from profile_service.allocator import keep_freed_memory, spare_what_stays
 from profile_service.clock import system_clock
 from profile_service.cluster.calls import CoordinatorCalls
 from profile_service.cluster.changes import Changed
-from profile_service.cluster.plan import FrontendDescription, NodeStanding
+from profile_service.cluster.plan import FrontendDescription, Layout
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
 from profile_service.domain.schema import Schema
@@ -109,9 +109,9 @@ class _RayChanges:
     def __init__(self, coordinator: CoordinatorCalls) -> None:
         self._coordinator = coordinator
 
-    async def nodes(self) -> Sequence[NodeStanding]:
-        standings: list[NodeStanding] = await self._coordinator.call("nodes")
-        return standings
+    async def layout(self) -> Layout:
+        layout: Layout = await self._coordinator.call("layout")
+        return layout
 
     async def move(self, partitions: Sequence[int], target_id: int) -> Changed:
         return await self._ask("move", partitions, target_id)

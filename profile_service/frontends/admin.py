@@ -10,6 +10,7 @@ from profile_service import __version__
 from profile_service.clock import Clock
 from profile_service.cluster.changes import Changed, Changes
 from profile_service.cluster.coordinator import reason_of
+from profile_service.cluster.plan import Layout as ServiceLayout
 from profile_service.cluster.plan import NodeStanding
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation
@@ -49,7 +50,7 @@ class Admin:
     def __init__(self, router: Router, schema: Schema, settings: Settings, clock: Clock, changes: Changes) -> None:
         self._router = router
         self._changes = changes
-        self._last_nodes: list[NodeStatus] = []
+        self._last_layout = ServiceLayout()
         self._schema = schema
         self._settings = settings
         self._start_ns = clock()
@@ -77,8 +78,8 @@ class Admin:
     async def get_status(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded GetStatusResponse: asks every shard."""
         parse(admin_service_pb2.GetStatusRequest, request)
-        answers, nodes = await asyncio.gather(self._router.status(), self._node_statuses())
-        self.last_shards = [_shard_status(location, status) for location, status in answers]
+        answers, layout = await asyncio.gather(self._router.status(), self._layout())
+        self.last_shards = [_shard_status(location, status, layout) for location, status in answers]
         response = admin_service_pb2.GetStatusResponse(
             version=__version__,
             schema_name=self._schema.name,
@@ -87,7 +88,8 @@ class Admin:
             event_count=sum(shard.event_count for shard in self.last_shards),
             epoch=self._router.topology.epoch,
             shards=self.last_shards,
-            nodes=nodes,
+            nodes=map(_node_status, layout.nodes),
+            replicas=self._settings.storage.replicas,
             sync_mode=self._sync_mode(answers),
             dedupe_window_seconds=self._settings.capacity.event_id_window_s,
             dedupe_capacity=self._settings.capacity.event_ids_per_shard,
@@ -151,15 +153,13 @@ class Admin:
             partition_count=moved.partitions, row_count=moved.rows, byte_count=moved.size_bytes
         )
 
-    async def _node_statuses(self) -> list[NodeStatus]:
+    async def _layout(self) -> ServiceLayout:
         try:
             async with asyncio.timeout(NODES_TIMEOUT_S):
-                standings = await self._changes.nodes()
+                self._last_layout = await self._changes.layout()
         except Exception as error:  # noqa: BLE001  # The call is remote: whatever it is, there is no answer just now.
             logger.info("the coordinator does not say what runs where: %s", reason_of(error))
-        else:
-            self._last_nodes = [_node_status(standing) for standing in standings]
-        return self._last_nodes
+        return self._last_layout
 
     @property
     def shards_read(self) -> bool:
@@ -173,14 +173,31 @@ class Admin:
         while True:
             if clock() >= due or not (self._router.ready and self.shards_read):
                 due = clock() + REFRESH_INTERVAL_S
-                answers = await self._router.status()
-                self.last_shards = [_shard_status(location, status) for location, status in answers]
+                # Of nodes nobody has to know here.
+                layout = self._layout() if self._settings.storage.replicas else _nothing()
+                answers, found = await asyncio.gather(self._router.status(), layout)
+                self.last_shards = [_shard_status(location, status, found) for location, status in answers]
             await asyncio.sleep(RETURN_INTERVAL_S)
 
 
-def _shard_status(location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None) -> ShardStatus:
+async def _nothing() -> ServiceLayout:
+    return ServiceLayout()
+
+
+def _shard_status(
+    location: ShardLocation, status: shard_pb2.GetShardStatusResponse | None, layout: ServiceLayout
+) -> ShardStatus:
     if status is None:
-        return ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
+        answer = ShardStatus(shard_id=location.shard_id, address=location.address, state="unreachable")
+    else:
+        answer = _told(location, status)
+    if (standby := layout.standbys.get(location.shard_id)) is not None:
+        answer.standby_state, answer.standby_node = standby.state, standby.node
+        answer.standby_message = standby.message
+    return answer
+
+
+def _told(location: ShardLocation, status: shard_pb2.GetShardStatusResponse) -> ShardStatus:
     answer = ShardStatus(
         shard_id=location.shard_id,
         address=location.address,
@@ -216,6 +233,7 @@ def _node_status(standing: NodeStanding) -> NodeStatus:
         http_address=standing.http_address,
         data_dir=standing.data_dir,
         message=standing.message,
+        standby_shard_ids=standing.standby_ids,
     )
 
 

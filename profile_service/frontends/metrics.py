@@ -14,6 +14,7 @@
     profile_service_shard_resident_bytes{shard}                       resident memory of a shard's process
     profile_service_shard_cpu_seconds_total{shard}                    CPU time of a shard's process
     profile_service_shard_state{shard,state}                          1 for the state that a shard is in, 0 for the rest
+    profile_service_shard_standby_in_sync{shard}                      1 where a standby has everything, 0 elsewhere
     profile_service_shard_recovery_progress{shard}                    how much of a recovery is done, 0 to 1
     profile_service_shard_log_bytes{shard}                            bytes of log on disk
     profile_service_shard_replay_bytes{shard}                         bytes of log that a recovery would replay now
@@ -77,6 +78,8 @@ class ShardReading(Protocol):
     def cpu_seconds(self) -> float: ...
     @property
     def state(self) -> str: ...
+    @property
+    def standby_state(self) -> str: ...
     @property
     def recovery_progress(self) -> float: ...
     @property
@@ -214,6 +217,11 @@ _SHARD_GAUGES: tuple[tuple[str, str, Callable[[ShardReading], float]], ...] = (
     ("state_bytes", "Bytes of rows, index and strings in use.", lambda shard: shard.state_bytes),
     ("queued_bytes", "Event bytes that wait in the shard's bounded queue.", lambda shard: shard.queued_bytes),
     ("resident_bytes", "Resident memory of the shard's process.", lambda shard: shard.resident_bytes),
+    (
+        "standby_in_sync",
+        "1 where the shard's standby has everything that is acknowledged, 0 elsewhere.",
+        lambda shard: shard.standby_state == "in sync",
+    ),
     ("recovery_progress", "How much of a recovery is done, 0 to 1.", lambda shard: shard.recovery_progress),
     ("log_bytes", "Bytes of the shard's log on disk.", lambda shard: shard.log_bytes),
     (

@@ -53,6 +53,7 @@ TABLE = (
     Row(errors.NotMine, grpc.StatusCode.UNAVAILABLE, "NOT_MINE"),
     Row(errors.Unavailable, grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE"),
     Row(errors.Superseded, grpc.StatusCode.ABORTED, "SUPERSEDED"),
+    Row(errors.Replaced, grpc.StatusCode.ABORTED, "REPLACED"),
     Row(errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
     Row(errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     Row(errors.Unimplemented, grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),

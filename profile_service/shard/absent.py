@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from profile_service.errors import Unavailable
+from profile_service.shard.following import Taken
 from profile_service.shard.health import FAILED, Health
 from profile_service.shard.shard import Sender, ShardCounters
 from profile_service.wire.apply_request import ApplyPart
@@ -66,6 +67,10 @@ class AbsentShard:
         """Nothing needs it yet."""
 
     async def receive(self, move_id: str, piece: bytes) -> None:
+        """Raises Unavailable."""
+        self._refuse()
+
+    async def take(self, replication: str, number: int, records: Sequence[Taken]) -> None:
         """Raises Unavailable."""
         self._refuse()
 

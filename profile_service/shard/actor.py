@@ -26,6 +26,7 @@ from profile_service.shard.startup import Startup
 
 if TYPE_CHECKING:
     from profile_service.shard.moves import Departed
+    from profile_service.shard.replication import Shipping
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class ShardDescription:
     """Identity of the lock that it has on its directory; empty before it has it."""
     asked_ns: int
     """When it asked for a lease, by its own clock: just now."""
+    shipping: Shipping
+    """How its standby does."""
+    replication: str
+    """What it follows as a standby; empty where it is none."""
+    promoted: bool
+    """Whether it was a standby, and takes nothing as one any more."""
 
 
 class ShardActor:
@@ -84,7 +91,7 @@ class ShardActor:
         """Where it serves, and how it does. Takes the lease that comes with the question, and asks for the next one."""
         if grant is not None:
             self._process.lease.take(grant)
-        health = self._process.health
+        health, following = self._process.health, self._process.following
         return ShardDescription(
             shard_id=self._shard_id,
             address=self._address,
@@ -97,6 +104,9 @@ class ShardActor:
             incarnation=self._process.lease.incarnation,
             lock=self._process.lock,
             asked_ns=self._process.lease.ask(),
+            shipping=self._process.shipping,
+            replication="" if following is None else following.replication,
+            promoted=following is not None and following.promoted,
         )
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
@@ -126,6 +136,22 @@ class ShardActor:
     async def adopt(self, sums: bytes) -> None:
         """As Moves.adopt."""
         await self._process.moves.adopt(sums)
+
+    async def follow(self, replication: str, incarnation: str) -> None:
+        """As ShardProcess.follow."""
+        await self._process.follow(replication, incarnation)
+
+    async def promote(self, incarnation: str) -> None:
+        """As ShardProcess.promote."""
+        await self._process.promote(incarnation)
+
+    async def replicate(self, replication: str, address: str) -> None:
+        """As ShardProcess.replicate."""
+        await self._process.replicate(replication, address)
+
+    async def release(self, replication: str) -> None:
+        """As ShardProcess.release."""
+        await self._process.release(replication)
 
     async def population_state(self) -> bytes:
         """The sums over this shard's users. Raises Unavailable while it recovers."""

@@ -126,6 +126,8 @@ class Snapshots(Protocol):
 
     async def step(self) -> bool: ...
 
+    async def abandon(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
@@ -145,6 +147,9 @@ class NoSnapshots:
     async def step(self) -> bool:
         """Nothing to do."""
         return False
+
+    async def abandon(self) -> None:
+        """Nothing to do."""
 
     async def close(self) -> None:
         """Nothing to do."""

@@ -63,6 +63,11 @@ class Lease:
             self._until_ns = until_ns
 
     @property
+    def was_held(self) -> bool:
+        """Whether the process has ever had one."""
+        return self._until_ns is not None
+
+    @property
     def is_held(self) -> bool:
         """Whether the process may acknowledge."""
         return self._until_ns is not None and self._clock() < self._until_ns

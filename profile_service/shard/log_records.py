@@ -6,6 +6,7 @@ RECORD_FORGET   user ids whose profiles are removed, each behind its length in t
 RECORD_SCHEMA   an encoded SchemaRecord: rows are of this schema from here on; the first record of every log
 RECORD_TRANSFER an encoded Transfer: what another shard held of partitions that move here
 RECORD_ADOPTION an encoded Adoption: the sums of a shard that is no more
+RECORD_BEGINNING an encoded Beginning: what stands before it counts for nothing; a standby's log has one
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ RECORD_FORGET = 2
 RECORD_SCHEMA = 3
 RECORD_TRANSFER = 4
 RECORD_ADOPTION = 5
+RECORD_BEGINNING = 6
 
 RECORD_OVERHEAD_BYTES = 1024
 """More than a record of events has beside the events: the producer's id is bounded, the rest are numbers."""

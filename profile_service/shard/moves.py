@@ -212,6 +212,11 @@ class Moves(_Handover):
         self._leaving: _Leaving | None = None
 
     @property
+    def state(self) -> ShardState:
+        """What the shard holds."""
+        return self._state
+
+    @property
     def arriving_users(self) -> int:
         """Users in the table who are not this shard's yet."""
         return 0 if self._arrival is None else self._arrival.users

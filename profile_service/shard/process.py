@@ -16,6 +16,7 @@ import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from profile_service.allocator import spare_what_stays
 from profile_service.clock import boot_clock, system_clock
@@ -23,6 +24,7 @@ from profile_service.config import Settings
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import ProfileServiceError, Unavailable
 from profile_service.shard.absent import AbsentShard
+from profile_service.shard.following import Following
 from profile_service.shard.health import Health
 from profile_service.shard.keeping import NoSnapshots
 from profile_service.shard.lease import Lease, lock_identity
@@ -30,6 +32,8 @@ from profile_service.shard.move_target import RemoteTarget
 from profile_service.shard.moves import Departed, Moves, StoredMoves
 from profile_service.shard.preload import Preload
 from profile_service.shard.recovery import recover
+from profile_service.shard.replication import ReplicatedLog, Shipping
+from profile_service.shard.replication_stream import RemoteStandby
 from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
@@ -87,6 +91,8 @@ class ShardProcess:
         """The shard, or what stands in for it until it has recovered."""
         self._writer: asyncio.Task[None] | None = None
         self._target: RemoteTarget | None = None
+        self._log: ReplicatedLog | None = None
+        """Once it has recovered, where the state is not in a store."""
         self._draining = False
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._server = ShardServer(self._absent, settings, self.health)
@@ -121,6 +127,55 @@ class ShardProcess:
         if before is not None:
             await before.close()
         return await self.moves.depart(move_id, epoch, partitions, target)
+
+    # --- standbys ---
+
+    @property
+    def shipping(self) -> Shipping:
+        """How its standby does, as far as it ships to one."""
+        return Shipping() if self._log is None else self._log.shipping
+
+    @property
+    def following(self) -> Following | None:
+        """What it follows as another's standby; None before it has recovered, and with a store."""
+        return self.shard.following if isinstance(self.shard, Shard) else None
+
+    async def follow(self, replication: str, incarnation: str) -> None:
+        """From now on this process is a standby, and takes this replication.
+
+        A process that has owned partitions was replaced by another one: it ends, to begin anew without them.
+
+        Raises Unavailable before it has recovered, and where another incarnation is meant.
+        """
+        following = self._followed(incarnation)
+        assert isinstance(self.shard, Shard)
+        if self.lease.was_held or self.shard.owns_any:
+            logger.critical("shard %d was replaced by another process, and ends", self._shard_id)
+            self._exit()
+        following.expect(replication)
+
+    async def promote(self, incarnation: str) -> None:
+        """From now on this process takes nothing as a standby. Raises as `follow`."""
+        await self._followed(incarnation).promote()
+
+    async def replicate(self, replication: str, address: str) -> None:
+        """Begins to build the standby at that address. Raises Unavailable where that cannot be done now."""
+        shard = self.shard
+        if self._log is None or not isinstance(shard, Shard) or not isinstance(shard.moves, Moves):
+            raise Unavailable(f"shard {self._shard_id} recovers", RETRY_S)
+        self._log.replicate(replication, RemoteStandby(address), shard, shard.moves.state)
+
+    async def release(self, replication: str) -> None:
+        """Goes on without that standby."""
+        if self._log is not None:
+            self._log.release(replication)
+
+    def _followed(self, incarnation: str) -> Following:
+        if incarnation != self.lease.incarnation:
+            raise Unavailable(f"shard {self._shard_id} is another process by now", RETRY_S)
+        if self.following is None:
+            raise Unavailable(f"shard {self._shard_id} recovers", RETRY_S)
+        return self.following
 
     async def _recover(self) -> None:
         """Brings the shard back from its directory and begins to serve it."""
@@ -186,13 +241,14 @@ class ShardProcess:
                 self.health.recovering(0.0, f"waits: {error}")
                 await asyncio.sleep(RETRY_S)
         self._lock = recovered.lock
+        self._log = ReplicatedLog(recovered.log)
         return Shard(
             self._shard_id,
             partition_bits=partition_bits,
             owned=self._absent.owned,
             epoch=self._absent.epoch,
             state=recovered.state,
-            log=recovered.log,
+            log=self._log,
             snapshotter=Snapshotter(
                 recovered.snapshots,
                 recovered.state,
@@ -256,5 +312,8 @@ class ShardProcess:
             return
         error = None if writer.cancelled() else writer.exception()
         logger.critical("shard %d: the commit loop ended; the process exits", self._shard_id, exc_info=error)
+        self._exit()
+
+    def _exit(self) -> NoReturn:
         logging.shutdown()
         os._exit(FAILED_EXIT_STATUS)

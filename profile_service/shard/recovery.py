@@ -32,6 +32,7 @@ from profile_service.errors import DataLoss, ProfileServiceError, StartupError
 from profile_service.shard.files import LOCK_FILE, LOG_DIRECTORY, SNAPSHOT_DIRECTORY
 from profile_service.shard.log_records import (
     RECORD_ADOPTION,
+    RECORD_BEGINNING,
     RECORD_EVENTS,
     RECORD_FORGET,
     RECORD_SCHEMA,
@@ -271,6 +272,10 @@ class _Recovery:
                     receive(state, piece, rows, record.position)
                 elif record.type == RECORD_ADOPTION:
                     state.adopt(shard_log_pb2.Adoption.FromString(bytes(record.payload)))
+                elif record.type == RECORD_BEGINNING:
+                    beginning = shard_log_pb2.Beginning.FromString(bytes(record.payload))
+                    state.check_beginning(beginning)
+                    state.begin_anew(beginning)
                 else:
                     raise DataLoss(
                         f"{self._directory}: the record at position {record.position} is of type {record.type}, "

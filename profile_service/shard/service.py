@@ -39,7 +39,9 @@ from profile_service.errors import (
 )
 from profile_service.rpc.query import Query
 from profile_service.rpc.status import abort, is_foreseen
+from profile_service.shard import replication_stream
 from profile_service.shard.direct import DirectIngest
+from profile_service.shard.following import Taken
 from profile_service.shard.health import Health
 from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
 from profile_service.wire.apply_request import ApplyPart, decode_request
@@ -112,6 +114,9 @@ class ServedShard(Protocol):
 
     async def receive(self, move_id: str, piece: bytes) -> None:
         """As Shard.receive."""
+
+    async def take(self, replication: str, number: int, records: Sequence[Taken]) -> None:
+        """As Shard.take."""
 
     async def create_snapshot(self) -> int:
         """As Shard.create_snapshot."""
@@ -190,6 +195,7 @@ class ShardServer:
                     request_deserializer=shard_pb2.ReceiveRequest.FromString,
                     response_serializer=shard_pb2.ReceiveResponse.SerializeToString,
                 ),
+                "Replicate": grpc.stream_stream_rpc_method_handler(self._replicate),
                 "CreateSnapshot": grpc.unary_unary_rpc_method_handler(
                     self._create_snapshot,
                     request_deserializer=shard_pb2.CreateSnapshotRequest.FromString,
@@ -405,6 +411,10 @@ class ShardServer:
         except ProfileServiceError as error:
             await abort(context, error)
         return shard_pb2.ReceiveResponse()
+
+    async def _replicate(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
+        async for answer in replication_stream.serve(requests, context, self._shard.take):
+            yield answer
 
     async def _create_snapshot(
         self, request: shard_pb2.CreateSnapshotRequest, context: ServerContext

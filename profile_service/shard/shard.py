@@ -38,6 +38,7 @@ from profile_service.errors import (
     StorageFull,
     Unavailable,
 )
+from profile_service.shard.following import Following, Taken
 from profile_service.shard.health import FULL, SERVING, STALLED, Health
 from profile_service.shard.keeping import DurableLog, HeldState, Interrupted, Snapshots
 from profile_service.shard.lease import Lease
@@ -191,6 +192,8 @@ class Shard:
         log.on_failure(self._wake.set)
         self.moves = Moves(self, state) if isinstance(state, ShardState) else StoredMoves(self, len(self._owned))
         """Of partitions, from here and to here."""
+        self.following = Following(self, state, self.plan) if isinstance(state, ShardState) else None
+        """As another process's standby; None where the state is in a store."""
         self._jobs: deque[tuple[Callable[[], Awaitable[None]], asyncio.Future[None]]] = deque()
 
     async def submit(
@@ -269,6 +272,12 @@ class Shard:
         """As Moves.receive."""
         await self.moves.receive(move_id, piece)
 
+    async def take(self, replication: str, number: int, records: Sequence[Taken]) -> None:
+        """As Following.take."""
+        if self.following is None:
+            raise Unavailable(f"shard {self.shard_id} has its state in a store", retry_after_s=1.0)
+        await self.following.take(replication, number, records)
+
     async def create_snapshot(self) -> int:
         """Returns when a snapshot that begins now is published: the log position from which a recovery replays.
 
@@ -311,14 +320,29 @@ class Shard:
 
     async def log_now(self, kind: int, payload: Sequence[bytes]) -> None:
         """For a job: makes a record durable. Raises StorageFull."""
-        if not await self._make_room(sum(map(len, payload)), 1):
+        await self.log_together([(kind, payload)])
+
+    async def log_together(self, records: Sequence[tuple[int, Sequence[bytes | memoryview]]]) -> None:
+        """For a job: makes records durable. Raises StorageFull."""
+        size_bytes = sum(len(piece) for _, payload in records for piece in payload)
+        if not await self._make_room(size_bytes, len(records)):
             raise StorageFull(self._health.message, retry_after_s=FULL_RETRY_S)
-        self._log.append(kind, payload)
+        for kind, payload in records:
+            self._log.append(kind, payload)
         await self._log.sync()
+
+    async def abandon_snapshot(self) -> None:
+        """For a job: returns when no snapshot is under way."""
+        await self._snapshotter.abandon()
 
     def check_lease(self) -> None:
         """Raises Unavailable where the shard may not acknowledge anything just now."""
         self._lease.check(self.shard_id)
+
+    @property
+    def owns_any(self) -> bool:
+        """Whether it owns any partition."""
+        return bool(self._owned.any())
 
     def owns(self, partitions: Sequence[int]) -> NDArray[np.bool_]:
         """Which of the partitions it owns."""
@@ -340,7 +364,8 @@ class Shard:
         self._look_at_s = now_s + LOOK_INTERVAL_S
         if self._health.state == FULL:
             await self._make_room(self._lacking_bytes, 1)
-        elif await self._settle(()):
+        elif await self._settle(()) and self._lease.is_held:
+            # A standby forgets whom its owner forgets.
             await self._forget_idle()
 
     async def _settle(self, group: Sequence[_Submission]) -> bool:
@@ -573,8 +598,8 @@ class Shard:
         return population.profile(self._clock(), features)
 
     def update_topology(self, epoch: int, owned: Iterable[int]) -> None:
-        """Takes a newer topology; older ones are ignored."""
-        if epoch > self.epoch:
+        """Takes a newer topology; older ones are ignored, and so is any while it is a standby, which owns nothing."""
+        if epoch > self.epoch and not (self.following is not None and self.following.replication):
             self.epoch = epoch
             self._owned[:] = False
             self._owned[list(owned)] = True

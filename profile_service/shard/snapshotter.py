@@ -153,12 +153,16 @@ class Snapshotter:
         assert self._running is not None
         return self._running.copy_block(self._log.position)
 
-    async def close(self) -> None:
-        """Abandons the snapshot under way; one that is complete is still published."""
-        self._closed = True
+    async def abandon(self) -> None:
+        """Abandons the snapshot under way, if there is one; one that is complete is still published."""
         if self._running is not None:
             self._running.stop()
             await asyncio.wait([self._running.task])
+
+    async def close(self) -> None:
+        """Abandons the snapshot under way, and takes no more."""
+        self._closed = True
+        await self.abandon()
         self._refuse(self._requests, Unavailable("the shard is shutting down", retry_after_s=1.0))
 
     def _is_due(self) -> bool:
@@ -201,7 +205,7 @@ class Snapshotter:
 
     def _answer(self, running: _Running, published: SnapshotInfo | None) -> None:
         if published is None:
-            self._refuse(running.waiting, Unavailable("the shard is shutting down", retry_after_s=1.0))
+            self._refuse(running.waiting, Unavailable("the snapshot was abandoned", retry_after_s=1.0))
             return
         self.last_position, self.last_time_ns, self.problem = published.replay_position, published.created_ns, ""
         for waiting in running.waiting:

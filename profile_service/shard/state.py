@@ -62,6 +62,7 @@ class ShardState(Admission):
     ) -> None:
         assert partitions & (partitions - 1) == 0
         self.schema = schema
+        self._most_users, self._most_texts = most_users, most_texts
         self.table = ProfileTable(schema, most_users=most_users, most_texts=most_texts, space=space)
         super().__init__(partitions, capacity)
         self.event_count = 0
@@ -92,6 +93,11 @@ class ShardState(Admission):
         """Counts the events `start` to `stop`, which arrived at `received_ns`. The caller has seen the table's
         `has_room`."""
         self.table.apply(columns, start, stop, received_ns)
+        self.event_count += stop - start
+
+    def apply_each(self, columns: EventColumns, start: int, stop: int, received_ns: NDArray[np.int64]) -> None:
+        """As `apply`, each event with its own time of arrival."""
+        self.table.apply_each(columns, start, stop, received_ns)
         self.event_count += stop - start
 
     @property
@@ -204,7 +210,7 @@ class ShardState(Admission):
         """
         self.table.population.check(self._population_of(adoption), self.table.texts)
 
-    def _population_of(self, adoption: shard_log_pb2.Adoption) -> bytes:
+    def _population_of(self, adoption: shard_log_pb2.Adoption | shard_log_pb2.Beginning) -> bytes:
         """Its population in the layout of this version: an encoded PopulationState."""
         if adoption.layout == describe_layout(self.table):
             return adoption.population
@@ -220,6 +226,36 @@ class ShardState(Admission):
         self.event_count += adoption.event_count
         self.duplicate_count += adoption.duplicate_count
         self.adopted.add(adoption.shard_id)
+
+    def beginning(self) -> shard_log_pb2.Beginning:
+        """With which a standby of this state begins: the sums."""
+        return shard_log_pb2.Beginning(
+            population=self.table.population.to_state(self.table.texts),
+            event_count=self.event_count,
+            duplicate_count=self.duplicate_count,
+            layout=describe_layout(self.table),
+            adopted=sorted(self.adopted),
+            schema_fingerprint=self.schema.fingerprint,
+        )
+
+    def check_beginning(self, beginning: shard_log_pb2.Beginning) -> None:
+        """Raises ValueError where `begin_anew` cannot take it."""
+        if beginning.schema_fingerprint != self.schema.fingerprint:
+            raise ValueError("the sums are of another schema")
+        self.table.population.check(self._population_of(beginning), self.table.texts)
+
+    def begin_anew(self, beginning: shard_log_pb2.Beginning) -> None:
+        """Holds these sums and nothing else: what it has held counts for nothing. `check_beginning` has seen them, and
+        no copy is under way."""
+        population = self._population_of(beginning)
+        self._flush_replay()
+        # A snapshot that is older has brought nothing that still counts, whatever its stamps say.
+        self._stamps = None
+        self.table = ProfileTable(self.schema, most_users=self._most_users, most_texts=self._most_texts)
+        self.table.add_population(population)
+        self.forget_admitted()
+        self.event_count, self.duplicate_count = beginning.event_count, beginning.duplicate_count
+        self.adopted = set(beginning.adopted)
 
     def check_schema(self, schema: Schema, reset_features: Sequence[str]) -> None:
         """Raises what `change_schema` would raise, and changes nothing."""

@@ -1,5 +1,5 @@
-"""What a shard holds of some partitions, as pieces that another shard adds to what it holds: rows, forgotten users, and
-what makes events count once.
+"""What a shard holds of some partitions, as pieces that another shard, or its standby, adds to what it holds: rows,
+forgotten users, and what makes events count once.
 
     Departure   here: everything once, then again what has changed since it was taken, until nothing is left
     receive     there, and when its log is replayed
@@ -49,9 +49,13 @@ class Departure:
     """Takes what a state holds of some partitions, piece by piece, while the state goes on.
 
     Whoever changes the state tells it afterwards, in the same turn of the loop as a rule: `applied`, `noted`, `forgot`.
+
+    Args:
+        follows: whether it takes again what changes; else what there is at the beginning is taken once, as it is just
+            then, and nobody tells it anything.
     """
 
-    def __init__(self, state: ShardState, partitions: Sequence[int]) -> None:
+    def __init__(self, state: ShardState, partitions: Sequence[int], *, follows: bool = True) -> None:
         self._state = state
         self.partitions = list(partitions)
         self._wanted = np.zeros(state.producers.partitions, np.bool_)
@@ -71,7 +75,8 @@ class Departure:
         self._next_request, self._end_request = state.producers.requests_held
         self._names: dict[str, None] = {}
         """Producers and requests that are to be taken, again perhaps."""
-        self._next_event_id = state.event_ids.held[0]
+        self._next_event_id, end_event_id = state.event_ids.held
+        self._end_event_id = None if follows else end_event_id
         self.row_count = 0
         """Rows taken so far, each as often as it was."""
 
@@ -80,7 +85,7 @@ class Departure:
         """About how much is left to be taken: rows, names, event ids."""
         producers = self._end_producer - self._next_producer
         requests = self._end_request - self._next_request
-        event_ids = self._state.event_ids.held[1] - self._next_event_id
+        event_ids = self._last_event_id - self._next_event_id
         scanned = self._end_row - self._next_row
         return scanned + self._row_count + len(self._forgotten) + len(self._names) + producers + requests + event_ids
 
@@ -88,6 +93,10 @@ class Departure:
     def is_caught_up(self) -> bool:
         """Whether everything is taken as it is now."""
         return self.behind <= 0
+
+    @property
+    def _last_event_id(self) -> int:
+        return self._state.event_ids.held[1] if self._end_event_id is None else self._end_event_id
 
     def applied(self, columns: EventColumns) -> None:
         """These events are applied."""
@@ -201,7 +210,7 @@ class Departure:
 
     def _take_event_ids(self, piece: Transfer) -> None:
         event_ids = self._state.event_ids
-        end = min(self._next_event_id + EVENT_IDS_A_PIECE, event_ids.held[1])
+        end = min(self._next_event_id + EVENT_IDS_A_PIECE, self._last_event_id)
         if end > self._next_event_id:
             copied = event_ids.copy(self._next_event_id, end)
             # Of an old snapshot's it is not known where they belong.

@@ -12,7 +12,7 @@ from sortedcontainers import SortedDict
 
 from profile_service.clock import system_clock
 from profile_service.cluster.changes import Changed
-from profile_service.cluster.plan import NodeStanding
+from profile_service.cluster.plan import Layout, NodeStanding
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import ShardLocation, Topology
 from profile_service.config import Capacity, Limits, Settings
@@ -87,10 +87,10 @@ class LocalCluster:
         self.asked += 1
         return self.topology
 
-    async def nodes(self) -> list[NodeStanding]:
+    async def layout(self) -> Layout:
         """One machine with everything on it."""
         shard_ids = tuple(shard.shard_id for shard in self.topology.shards)
-        return [NodeStanding("here", "node", "127.0.0.1", "serving", shard_ids)]
+        return Layout((NodeStanding("here", "node", "127.0.0.1", "serving", shard_ids),))
 
     async def start(self) -> None:
         # A kernel that has to be compiled first would hold the loop for seconds.

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 
 from profile_service.cluster import coordinator as coordinator_module
-from profile_service.cluster.coordinator import Coordinator, ShardDead, Standing
+from profile_service.cluster.coordinator import Coordinator, Standing
 from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.places import PlaceRegister, Places
+from profile_service.cluster.replicas import Replicas
+from profile_service.cluster.shard_control import ShardDead
 from profile_service.shard.lease import Grant, Lease
+from profile_service.shard.replication import Shipping
 from tests.cluster.local_cluster import until
 
 LEASE_S = 10.0
@@ -48,6 +52,8 @@ class Description:
     incarnation: str
     lock: str
     asked_ns: int
+    shipping: Shipping = Shipping()  # noqa: RUF009  # frozen
+    promoted: bool = False
 
 
 class Control:
@@ -385,3 +391,62 @@ async def test_a_holder_that_cannot_be_made_durable_gets_no_lease_until_it_can()
     ledger.error = None
     await coordinator.look()
     assert all(control.lease.is_held for control in controls.values())
+
+
+async def test_a_shard_at_whose_address_nobody_listens_is_away_before_the_call_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(coordinator_module, "PROBE_INTERVAL_S", 0.01)
+    controls = {number: Control(number) for number in range(3)}
+    asked: list[str] = []
+
+    async def listens(address: str) -> bool:
+        asked.append(address)
+        return address == "host:0"
+
+    shards: dict[int, Any] = dict(controls)
+    leases = Leases(LEASE_S, CLOCK, {})
+
+    async def nothing(_: Places) -> None:
+        pass
+
+    places = Places({0: "a", 1: "a", 2: "a"}).with_standby(0, "b").with_standby(1, "b").with_standby(2, "b")
+    register = PlaceRegister(places.with_sync(1, "b", in_sync=True).with_sync(0, "b", in_sync=True), nothing)
+
+    def away(_: int) -> Any:
+        raise ConnectionError("it is away")
+
+    ledger = Ledger(controls)
+    coordinator = Coordinator(
+        *(Ownership.even(4, 3), 4, 1, shards, 0.01, ledger, leases), replicas=Replicas(register, away), listens=listens
+    )
+    await coordinator.start()
+    await coordinator.close()
+    for number in (0, 1):
+        # The first look has found that its process ships to nobody.
+        await register.change(lambda places, number=number: places.with_sync(number, "b", in_sync=True))  # type: ignore[misc]
+    for control in controls.values():
+        control.hanging = True
+    looking = asyncio.ensure_future(coordinator.look())
+    await until(lambda: coordinator.standings[1].state == "away")
+    assert coordinator.standings[1].message == "nobody listens at host:1"
+    assert coordinator.standings[0].state == "serving"
+    # Without a standby that could take over it is waited for.
+    assert coordinator.standings[2].state == "serving"
+    assert "host:0" in asked
+    assert "host:2" not in asked
+    looking.cancel()
+    await asyncio.wait([looking])
+
+
+async def test_one_that_is_away_holds_up_no_epoch() -> None:
+    coordinator, controls = make()
+    await coordinator.start()
+    await coordinator.close()
+    controls[0].away = True
+    await coordinator.look()
+    controls[0].away, controls[0].hanging = False, True
+    controls[1].restart("host:9")
+    async with asyncio.timeout(coordinator_module.TELL_TIMEOUT_S / 2):
+        await coordinator._look_at(1)
+    assert coordinator.topology.shards[1].address == "host:9"

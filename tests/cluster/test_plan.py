@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from profile_service.cluster.plan import Node, home_of_new_shard
+from profile_service.cluster.places import Places
+from profile_service.cluster.plan import Node, home_of_new_shard, home_of_standby
 
 
 def node(name: str, share: float, fault: str = "") -> Node:
@@ -25,12 +26,12 @@ def node(name: str, share: float, fault: str = "") -> Node:
 
 
 def spread(nodes: list[Node], shards: int) -> Counter[str]:
-    homes: dict[int, str] = {}
+    places = Places()
     for shard_id in range(shards):
-        home = home_of_new_shard(nodes, homes)
+        home = home_of_new_shard(nodes, places)
         assert home is not None
-        homes[shard_id] = home.name
-    return Counter(homes.values())
+        places = places.with_home(shard_id, home.name)
+    return Counter(places.homes.values())
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,19 @@ def test_shards_are_spread_by_what_nodes_have(shares: dict[str, float], shards: 
 
 def test_a_shard_that_has_a_home_counts_there() -> None:
     nodes = [node("a", 1), node("b", 1)]
-    home = home_of_new_shard(nodes, {0: "a", 1: "a", 2: "away"})
+    home = home_of_new_shard(nodes, Places({0: "a", 1: "a", 2: "away"}))
     assert home is not None
     assert home.name == "b"
 
 
 def test_without_a_node_that_can_take_it_there_is_no_home() -> None:
-    assert home_of_new_shard([node("head", 0), node("broken", 4, fault="its disk is full")], {}) is None
+    assert home_of_new_shard([node("head", 0), node("broken", 4, fault="its disk is full")], Places()) is None
+
+
+def test_a_standby_goes_to_another_node_where_the_least_is() -> None:
+    nodes = [node("a", 1), node("b", 1), node("c", 1)]
+    places = Places({0: "a", 1: "b", 2: "c"}).with_standby(1, "c")
+    chosen = home_of_standby(nodes, places, 0)
+    assert chosen is not None
+    assert chosen.name == "b"
+    assert home_of_standby(nodes[:1], places, 0) is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from profile_service.cluster.ports import LOWEST_PORT, bind
+from profile_service.cluster.ports import LOWEST_PORT, bind, listens
 from profile_service.config import Settings
 from profile_service.errors import StartupError
 
@@ -35,3 +35,11 @@ def test_a_port_that_is_listened_on_is_refused_by_its_flag() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"127.0.0.1:{port} cannot be listened on .* --http-port"):
             bind(Settings(), port, "--http-port")
+
+
+async def test_whether_anybody_listens_shows_at_once() -> None:
+    with bind(Settings(), 0, "--grpc-port") as taken:
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert await listens(address)
+    assert not await listens(address)

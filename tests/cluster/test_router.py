@@ -10,6 +10,7 @@ import pytest
 
 from profile_service.cluster import router as router_module
 from profile_service.cluster.batches import Lane
+from profile_service.cluster.link import ShardLink
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import Topology
@@ -322,6 +323,19 @@ async def test_an_idle_router_hears_of_a_later_epoch_when_it_asks_how_the_shards
         cluster.publish(cluster.topology.with_shards({}))
         assert router.topology.epoch < cluster.topology.epoch
         await router.status()
+        assert router.topology.epoch == cluster.topology.epoch
+
+
+async def test_of_a_shard_that_does_not_answer_it_is_asked_whether_it_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def hang(link: ShardLink, timeout_s: float) -> object:
+        raise TimeoutError
+
+    async with running(shards=2) as (cluster, router):
+        cluster.publish(cluster.topology.with_shards({}))
+        monkeypatch.setattr(ShardLink, "status", hang)
+        assert [status for _, status in await router.status()] == [None, None]
         assert router.topology.epoch == cluster.topology.epoch
 
 

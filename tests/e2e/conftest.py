@@ -23,7 +23,8 @@ def service(request: pytest.FixtureRequest) -> ServeProcess:
 
 @pytest.fixture(scope="session")
 def local_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    with _running("--data-dir", str(tmp_path_factory.mktemp("data"))) as process:
+    # Standbys are asked for although there is no other node: everything else has to be as without them.
+    with _running("--data-dir", str(tmp_path_factory.mktemp("data")), "--replicas", "1") as process:
         yield process
 
 

@@ -36,12 +36,12 @@ def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         timeout=START_TIMEOUT_S,
-        env=_environment(),
+        env=environment(),
     )
 
 
-def _environment() -> dict[str, str]:
-    """Ours, but bytecode and kernels are kept, and no setting of the service comes from outside."""
+def environment() -> dict[str, str]:
+    """Of a process: ours, but bytecode and kernels are kept, and no setting of the service comes from outside."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PROFILE_SERVICE_", "RAY_"))}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     root = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ class ServeProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=_environment(),
+            env=environment(),
         )
         self._known: dict[int, psutil.Process] = {}
         self._printed: list[str] = []

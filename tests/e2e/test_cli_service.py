@@ -260,6 +260,14 @@ def test_an_unknown_user_and_an_unknown_feature_are_named(service: ServeProcess)
         assert part in done.stderr
 
 
+def test_a_machine_alone_has_no_standbys_and_says_so(service: ServeProcess) -> None:
+    facts = json.loads(run("status", "--json", "--address", service.grpc_address).stdout)
+    assert facts["replicas"] == 1
+    assert [shard["standbyState"] for shard in facts["shards"]] == ["missing", "missing"]
+    shown = run("status", "--address", service.grpc_address).stdout
+    assert "shard 0 has no standby that is in sync: no other node can take one" in shown
+
+
 @IN_BOTH_STORES
 def test_status_shows_the_shards_and_the_totals(service: ServeProcess) -> None:
     facts = json.loads(run("status", "--json", "--address", service.grpc_address).stdout)

@@ -85,7 +85,9 @@ def test_what_a_recovery_would_cost_and_how_a_shard_does_are_there_to_be_watched
         shard_id=0, state="serving", log_position=900, snapshot_position=600, log_bytes=1 << 20
     )
     serving.snapshot_time.FromMilliseconds(1_500)
-    recovering = GetStatusResponse.ShardStatus(shard_id=1, state="recovering", recovery_progress=0.43)
+    recovering = GetStatusResponse.ShardStatus(
+        shard_id=1, state="recovering", recovery_progress=0.43, standby_state="in sync"
+    )
     metrics.watch_shards(lambda: [serving, recovering])
     found = samples(metrics)
     assert found["profile_service_shard_replay_bytes", ("0",)] == 300
@@ -93,6 +95,7 @@ def test_what_a_recovery_would_cost_and_how_a_shard_does_are_there_to_be_watched
     assert found["profile_service_shard_snapshot_timestamp_seconds", ("0",)] == 1.5
     assert found["profile_service_shard_snapshot_timestamp_seconds", ("1",)] == 0
     assert found["profile_service_shard_recovery_progress", ("1",)] == 0.43
+    assert [found["profile_service_shard_standby_in_sync", (shard,)] for shard in ("0", "1")] == [0, 1]
     states = {labels: value for (name, labels), value in found.items() if name == "profile_service_shard_state"}
     assert [labels for labels, value in states.items() if value] == [("0", "serving"), ("1", "recovering")]
     assert len(states) == 2 * len(subject.SHARD_STATES)

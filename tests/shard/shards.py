@@ -13,6 +13,7 @@ from profile_service.domain.schema import Schema
 from profile_service.shard.health import Health
 from profile_service.shard.lease import Grant, Lease
 from profile_service.shard.recovery import Recovered, recover
+from profile_service.shard.replication import ReplicatedLog
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter
 from profile_service.shard.state import ShardState
@@ -115,7 +116,7 @@ def make_shard(
         owned=owned,
         epoch=epoch,
         state=found.state,
-        log=found.log,
+        log=ReplicatedLog(found.log),
         snapshotter=Snapshotter(
             found.snapshots,
             found.state,

@@ -5,10 +5,16 @@ lost or come late, and partitions move all the time.
                           ▲ kill, crash, stop, replace          ▲ kill                ▲ fails
               at the end: everything is healed, and held against what was sent; then all machines go down, and once more
 
-Shards, coordinator, leases and mover are the real ones; what lies between them is made up: time, messages, disks. Held
-against all the time: one process at a time acknowledges for a partition, by ever later epochs; whoever has had an
-acknowledgement reads what was acknowledged. At the end: every event counted once, in users, sums and population;
-nothing left over.
+In most runs each shard has a standby on another machine, and machines burn down with the disk of an owner.
+
+Shards, coordinator, leases, mover and replicas are the real ones; what lies between them is made up: time, messages,
+disks. Held against all the time: one process at a time acknowledges for a partition, by ever later epochs; whoever has
+had an acknowledgement reads what was acknowledged. At the end: every event counted once, in users, sums and population;
+nothing left over; each standby holds what its owner holds, and takes over when every owner burns down.
+
+An owner whose standby has taken its place may still tell a sender what it got the standby's answer for before: that is
+an acknowledgement of the successor's, which has the events, as if it were late on its way. So its epoch may be an
+earlier one; never may two processes acknowledge by the same.
 """
 
 from __future__ import annotations
@@ -32,18 +38,25 @@ import xxhash
 
 from profile_service.cluster import coordinator as coordinator_module
 from profile_service.cluster import mover as mover_module
+from profile_service.cluster import replicas as replicas_module
 from profile_service.cluster.coordinator import Coordinator
 from profile_service.cluster.leases import Holder, Leases
 from profile_service.cluster.mover import Mover, Undecided
 from profile_service.cluster.ownership import Ownership
+from profile_service.cluster.places import PlaceRegister, Places
+from profile_service.cluster.replicas import Replicas
 from profile_service.cluster.topology import Topology
 from profile_service.domain.population import Population
-from profile_service.errors import ProfileServiceError, Unavailable
+from profile_service.errors import ProfileServiceError, Replaced, Unavailable
 from profile_service.shard import moves as moves_module
+from profile_service.shard import replication as replication_module
 from profile_service.shard import transfer as transfer_module
+from profile_service.shard.following import Following
 from profile_service.shard.health import Health
 from profile_service.shard.lease import Grant, Lease
 from profile_service.shard.moves import Departed
+from profile_service.shard.replication import IN_SYNC, ReplicatedLog, Shipped, Shipping
+from profile_service.shard.replication_stream import decode, encode
 from profile_service.shard.shard import Shard
 from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import CrashingFileSystem
@@ -62,6 +75,8 @@ LEASE_S = 2.0
 PATIENCE_S = 300.0
 """Made-up seconds after which whoever waits waits in vain."""
 
+MACHINES = ("a", "b", "c")
+
 USERS = [f"u{n}" for n in range(60)]
 BEGINNING_NS = shards.NOW_NS
 
@@ -77,12 +92,13 @@ def partition_of(user: str) -> int:
     return xxhash.xxh64_intdigest(user.encode()) >> (64 - PARTITION_BITS)
 
 
-def run(seed: int, *, traced: bool = False) -> Report:
-    """One run. Never raises what goes wrong: the report says it."""
+def run(seed: int, *, traced: bool = False, standbys: bool | None = None) -> Report:
+    """One run, with standbys or without; by default the seed decides. Never raises what goes wrong: the report says
+    it."""
     report = Report(seed)
     loop = SimulatedLoop()
     try:
-        world = _World(seed, loop, report, traced=traced)
+        world = _World(seed, loop, report, traced=traced, standbys=standbys)
         with world.small_parts():
             try:
                 loop.run_until_complete(world.run())
@@ -95,7 +111,7 @@ def run(seed: int, *, traced: bool = False) -> Report:
 
 
 class _World:
-    def __init__(self, seed: int, loop: SimulatedLoop, report: Report, *, traced: bool) -> None:
+    def __init__(self, seed: int, loop: SimulatedLoop, report: Report, *, traced: bool, standbys: bool | None) -> None:
         self.random = Random(seed)
         self.loop = loop
         self.seen = report.seen
@@ -110,10 +126,15 @@ class _World:
         """Processes that have ended. Their tasks are cancelled, and what they would do then is not done."""
         self.loss = self.random.choice((0.0, 0.01, 0.05))
         self.slowest_s = self.random.choice((0.002, 0.02))
+        drawn = self.random.random() < 0.7
+        self.has_standbys = drawn if standbys is None else standbys
         self.memory = _Memory(self)
-        self.disks: dict[int, CrashingFileSystem] = {}
-        self.current: dict[int, _Process] = {}
-        """By shard: the process that the coordinator reaches."""
+        self.disks: dict[tuple[int, str], CrashingFileSystem] = {}
+        """By shard and machine."""
+        self.current: dict[tuple[int, str], _Process] = {}
+        """By shard and machine: the process that the coordinator reaches."""
+        self.handed_over: set[str] = set()
+        """Replications whose standbys were promoted."""
         self.by_address: dict[str, _Process] = {}
         self.coordinator: _CoordinatorProcess | None = None
         self.acknowledged: dict[int, tuple[int, str]] = {}
@@ -146,6 +167,10 @@ class _World:
             mock.patch.object(mover_module, "COPY_TIMEOUT_S", 5.0),
             mock.patch.object(mover_module, "CALL_TIMEOUT_S", 2.0),
             mock.patch.object(mover_module, "START_TIMEOUT_S", 20.0),
+            mock.patch.object(replicas_module, "CALL_TIMEOUT_S", 1.0),
+            mock.patch.object(replicas_module, "RETRY_S", 0.2),
+            mock.patch.object(replication_module, "TAKE_TIMEOUT_S", random.choice((0.1, 0.5))),
+            mock.patch.object(replication_module, "MESSAGE_BYTES", random.choice((200, 1 << 22))),
             mock.patch.object(coordinator_module, "DESCRIBE_TIMEOUT_S", 1.0),
             mock.patch.object(coordinator_module, "TELL_TIMEOUT_S", 0.3),
             mock.patch.object(coordinator_module, "FIRST_LOOK_S", 1.0),
@@ -229,22 +254,42 @@ class _World:
         await self._check()
         await self._power_off()
         await self._check()
+        if self.has_standbys:
+            await self._burn_every_owner()
+            await self._check()
 
     async def start_coordinator(self) -> None:
         self.coordinator = _CoordinatorProcess(self)
         await self.coordinator.start()
 
-    def start_shard(self, shard_id: int, lock: str = "") -> None:
-        process = _Process(self, shard_id, lock or f"lock of {shard_id}")
-        self.current[shard_id] = process
+    def start_shard(self, shard_id: int, machine: str, lock: str = "") -> None:
+        process = _Process(self, shard_id, machine, lock or f"lock of {shard_id} on {machine}")
+        self.current[shard_id, machine] = process
         self.by_address[process.address] = process
         process.start()
 
+    def restart(self, process: _Process) -> None:
+        """The process ends by itself, and is started again."""
+
+        async def restart() -> None:
+            await process.end(power=False)
+            self._start_again(process)
+
+        self._restarting = self.loop.create_task(restart(), context=contextvars.Context())
+
+    def _start_again(self, process: _Process) -> None:
+        place = process.shard_id, process.machine
+        if process.shard_id in self.memory.shard_ids() and place in self.disks and self.current.get(place) is process:
+            self.start_shard(*place)
+
     async def _trouble(self) -> None:
         random = self.random
+        kinds = ["kill", "crash", "stop", "replace", "coordinator", "memory", "snapshot", "nothing"]
+        if self.has_standbys:
+            kinds += ["burn", "burn"]
         while True:
             await asyncio.sleep(random.random() * 1.5)
-            what = random.choice(("kill", "crash", "stop", "replace", "coordinator", "memory", "snapshot", "nothing"))
+            what = random.choice(kinds)
             alive = [process for process in self.current.values() if process.alive]
             if what == "coordinator":
                 self.seen["coordinators killed"] += 1
@@ -252,6 +297,8 @@ class _World:
                 await self.coordinator.kill()
                 await asyncio.sleep(random.random())
                 await self.start_coordinator()
+            elif what == "burn":
+                await self._burn(random.choice(self.memory.shard_ids()))
             elif what == "memory":
                 self.memory.fail_next = random.choice((DiskFull(Path("/memory"), 1), OSError("it fails")))
             elif not alive or what == "nothing":
@@ -266,8 +313,7 @@ class _World:
             self.seen[f"shards: {what}"] += 1
             await process.end(power=what == "crash")
             await asyncio.sleep(random.random())
-            if process.shard_id in self.memory.shard_ids():
-                self.start_shard(process.shard_id)
+            self._start_again(process)
         elif what == "stop":
             self.seen["shards stopped"] += 1
             self._stopped = process.stop_for(random.random() * 2 * LEASE_S)
@@ -280,12 +326,35 @@ class _World:
             self.seen["shards replaced"] += 1
             stopped = process.stop_for(LEASE_S * random.uniform(1.05, 2.0))
             await asyncio.sleep(random.random() * LEASE_S)
-            if self.current.get(process.shard_id) is process and process.alive:
-                self.disks[process.shard_id] = deepcopy(process.disk).kill()
-                self.start_shard(process.shard_id, f"lock of a copy, {next(self.numbers)}")
+            place = process.shard_id, process.machine
+            if self.current.get(place) is process and process.alive:
+                self.disks[place] = deepcopy(process.disk).kill()
+                self.start_shard(*place, f"lock of a copy, {next(self.numbers)}")
                 await asyncio.shield(stopped)
                 await asyncio.sleep(random.random())
                 await process.end(power=False)
+
+    async def _burn(self, shard_id: int) -> bool:
+        """The machine of an owner is lost with its disk, if that is the only thing that is amiss with the shard: the
+        coordinator counts on the standby, and the owner ships to it. Returns whether it was."""
+        places: Places = self.memory.state["places"]
+        standby = places.standbys.get(shard_id)
+        place = shard_id, places.homes.get(shard_id, "")
+        owner = self.current.get(place)
+        if standby is None or not standby.in_sync or owner is None or not owner.alive:
+            return False
+        if owner.shipping.state != IN_SYNC or not owner.shipping.replication.startswith(f"{standby.node}/"):
+            return False
+        self.seen["owners burnt"] += 1
+        self.trace(f"shard {shard_id} burns on {place[1]}, its standby is on {standby.node}")
+        self.disks.pop(place)
+        await self.current.pop(place).end(power=True)
+        return True
+
+    async def _burn_every_owner(self) -> None:
+        for shard_id in self.memory.shard_ids():
+            if not await self._burn(shard_id):
+                raise Violation(f"shard {shard_id} has no standby that is in sync, although nothing goes wrong")
 
     async def _changes(self) -> None:
         random = self.random
@@ -310,17 +379,19 @@ class _World:
         self.memory.fail_next = None
         if self.coordinator is None or not self.coordinator.alive:
             await self.start_coordinator()
-        for shard_id in self.memory.shard_ids():
-            if shard_id not in self.current or not self.current[shard_id].alive:
-                self.start_shard(shard_id)
+        for shard_id, machine in self.disks:
+            place = shard_id, machine
+            if shard_id in self.memory.shard_ids() and (place not in self.current or not self.current[place].alive):
+                self.start_shard(shard_id, machine)
 
     async def _power_off(self) -> None:
         assert self.coordinator is not None
         await self.coordinator.kill()
         for process in list(self.current.values()):
             await process.end(power=True)
-        for shard_id in self.memory.shard_ids():
-            self.start_shard(shard_id)
+        for shard_id, machine in self.disks:
+            if shard_id in self.memory.shard_ids():
+                self.start_shard(shard_id, machine)
         await self.start_coordinator()
 
     # --- what must hold ---
@@ -329,12 +400,15 @@ class _World:
         """The process has decided to acknowledge events of these users, sent by this epoch."""
         for partition in {partition_of(user) for user in users}:
             before = self.acknowledged.get(partition)
-            if before is not None and before[0] > epoch:
+            if before is not None and before[0] > epoch and process.shipping.replication not in self.handed_over:
                 raise Violation(f"partition {partition}: {process.address} acknowledges at {epoch}, after {before}")
             owner = self.owners_of_epoch.setdefault((partition, epoch), process.address)
             if owner != process.address:
                 raise Violation(f"partition {partition}, epoch {epoch}: {owner} and {process.address} acknowledge")
-            self.acknowledged[partition] = (epoch, process.address)
+            if before is not None and before[0] > epoch:
+                self.seen["acknowledgements of a successor's"] += 1
+            else:
+                self.acknowledged[partition] = (epoch, process.address)
 
     async def _check(self) -> None:
         coordinator = self.coordinator
@@ -352,8 +426,7 @@ class _World:
         found: Counter[str] = Counter()
         states, events = [], 0
         for shard_id in ownership.shard_ids:
-            shard = self.current[shard_id].shard
-            assert shard is not None
+            shard = coordinator.owner(shard_id).running
             assert isinstance(shard._state, ShardState)
             shard._state.check_invariants()
             users = shard._state.table.users
@@ -367,6 +440,8 @@ class _World:
                 found[user] = profile.event_count
                 if profile.features["views"].counter.value != profile.event_count:
                     raise Violation(f"user {user}: {profile}")
+            if self.has_standbys:
+                self._check_standby(shard, coordinator.standby(shard_id).running)
             states.append(shard.population_state())
             events += shard.status().event_count
         if found != self.counts:
@@ -378,6 +453,23 @@ class _World:
         if population.event_count != self.counts.total():
             raise Violation(f"the population has {population.event_count} events, {self.counts.total()} were sent")
 
+    def _check_standby(self, owner: Shard, standby: Shard) -> None:
+        mine, theirs = owner._state, standby._state
+        assert isinstance(mine, ShardState)
+        assert isinstance(theirs, ShardState)
+        theirs.check_invariants()
+        found = []
+        for state in (mine, theirs):
+            users = state.table.users
+            held = sorted(users.bytes_of(number).decode() for number in users.numbers().tolist())
+            profiles = [state.table.profile(user, BEGINNING_NS) for user in held]
+            producers = state.producers
+            sequences = {p.producer_id: p.last.tolist() for p in producers.producers(0, producers.places)}
+            requests = {r.request_id: r.reached for r in producers.requests(*producers.requests_held)}
+            found.append((held, profiles, sequences, requests, state.event_count, state.adopted))
+        if found[0] != found[1]:
+            raise Violation(f"shard {owner.shard_id} and its standby differ: {found}")
+
 
 async def _as_coroutine(work: Awaitable[Any]) -> Any:
     return await work
@@ -388,7 +480,7 @@ class _Memory:
 
     def __init__(self, world: _World) -> None:
         self._world = world
-        self.state: dict[str, Any] = {"epoch": 0, "holders": {}}
+        self.state: dict[str, Any] = {"epoch": 0, "holders": {}, "places": Places()}
         self.fail_next: OSError | None = None
 
     def shard_ids(self) -> list[int]:
@@ -403,6 +495,10 @@ class _Memory:
     async def ownership(self, ownership: Ownership) -> None:
         assert Ownership.decode(ownership.encode()) == ownership
         await self._write("ownership", ownership)
+
+    async def places(self, places: Places) -> None:
+        assert Places.decode(places.encode()) == places
+        await self._write("places", places)
 
     async def _write(self, name: str, value: Any) -> None:
         random = self._world.random
@@ -422,9 +518,10 @@ class _Memory:
 class _Process:
     """One process of a shard."""
 
-    def __init__(self, world: _World, shard_id: int, lock: str) -> None:
+    def __init__(self, world: _World, shard_id: int, machine: str, lock: str) -> None:
         self.world = world
         self.shard_id = shard_id
+        self.machine = machine
         self.lock = lock
         self.number = next(world.numbers)
         self.address = f"host:{self.number}"
@@ -435,7 +532,7 @@ class _Process:
         self.health = Health()
         self.lease = Lease(world.clock, self.address)
         self.shard: Shard | None = None
-        self.disk = world.disks.setdefault(shard_id, CrashingFileSystem(world.random.getrandbits(32)))
+        self.disk = world.disks.setdefault((shard_id, machine), CrashingFileSystem(world.random.getrandbits(32)))
         self._stops = 0
         self._awake = asyncio.Event()
         self._awake.set()
@@ -447,6 +544,9 @@ class _Process:
     async def _live(self) -> None:
         try:
             await self._recover_and_serve()
+        except Replaced:
+            self.world.seen["owners replaced by their standbys"] += 1
+            self.world.restart(self)
         except Exception as error:  # noqa: BLE001  Whatever it is, it ends a real one.
             if self.alive:
                 self.world.failure = self.world.failure or error
@@ -501,8 +601,9 @@ class _Process:
         if not self.alive:
             return
         self.alive = False
-        if self.world.disks.get(self.shard_id) is self.disk:
-            self.world.disks[self.shard_id] = self.disk.crash() if power else self.disk.kill()
+        place = self.shard_id, self.machine
+        if self.world.disks.get(place) is self.disk:
+            self.world.disks[place] = self.disk.crash() if power else self.disk.kill()
         self.world.by_address.pop(self.address, None)
         self.death.set_result(None)
         # Whoever waits for it to wake hears that it has ended.
@@ -518,7 +619,16 @@ class _Process:
         epoch = self._epoch if self.shard is None else self.shard.epoch
         state = "recovering" if self.shard is None else self.health.state
         lock = "" if self.shard is None else self.lock
-        return _Description(self.address, epoch, state, self.lease.incarnation, lock, self.lease.ask())
+        return _Description(
+            self.address,
+            epoch,
+            state,
+            self.lease.incarnation,
+            lock,
+            self.lease.ask(),
+            self.shipping,
+            self.shard is not None and self.following.promoted,
+        )
 
     async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
         if self.shard is not None:
@@ -531,6 +641,50 @@ class _Process:
         if self.shard is None:
             raise Unavailable("it recovers", 0.1)
         return self.shard
+
+    @property
+    def log(self) -> ReplicatedLog:
+        log = self.running._log
+        assert isinstance(log, ReplicatedLog)
+        return log
+
+    @property
+    def shipping(self) -> Shipping:
+        return Shipping() if self.shard is None else self.log.shipping
+
+    @property
+    def following(self) -> Following:
+        following = self.running.following
+        assert following is not None
+        return following
+
+    async def follow(self, replication: str, incarnation: str) -> None:
+        following = self._followed(incarnation)
+        if self.lease.was_held or self.running.owns_any:
+            self.world.seen["owners replaced by their standbys"] += 1
+            self.world.restart(self)
+            raise Unavailable("it ends", 0.1)
+        following.expect(replication)
+
+    async def promote(self, incarnation: str) -> None:
+        following = self._followed(incarnation)
+        self.world.seen["standbys promoted"] += 1
+        self.world.handed_over.add(following.replication)
+        await following.promote()
+
+    async def replicate(self, replication: str, address: str) -> None:
+        state = self.running._state
+        assert isinstance(state, ShardState)
+        self.log.replicate(replication, _Standby(self, address), self.running, state)
+
+    async def release(self, replication: str) -> None:
+        self.world.seen["owners released"] += 1
+        self.log.release(replication)
+
+    def _followed(self, incarnation: str) -> Following:
+        if incarnation != self.lease.incarnation:
+            raise Unavailable("it is another process by now", 0.1)
+        return self.following
 
     async def submit(self, part: ApplyPart, users: Sequence[str], epoch: int) -> None:
         await self.running.submit([part], part.size_bytes, epoch)
@@ -545,6 +699,8 @@ class _Description:
     incarnation: str
     lock: str
     asked_ns: int
+    shipping: Shipping
+    promoted: bool
     node: str = "node"
     progress: float = 1.0
     message: str = ""
@@ -569,15 +725,50 @@ class _Target:
         await self._sender.awake()
 
 
-class _Control:
-    """`ShardControl`: messages to whichever process the shard has."""
+class _Standby:
+    """`replication.Standby`."""
 
-    def __init__(self, world: _World, shard_id: int) -> None:
+    def __init__(self, sender: _Process, address: str) -> None:
+        self._sender = sender
+        self._address = address
+
+    async def take(self, replication: str, number: int, records: Sequence[Shipped]) -> None:
+        world = self._sender.world
+        message = decode(encode(replication, number, records))
+        await self._sender.awake()
+        try:
+            await world.deliver(
+                lambda: world.by_address.get(self._address), lambda process: process.running.take(*message)
+            )
+        except Lost as error:
+            raise Unavailable(str(error), 0.1) from None
+        await self._sender.awake()
+
+    async def close(self) -> None:
+        pass
+
+
+class _Control:
+    """`ShardControl`: messages to whichever process the shard has there."""
+
+    def __init__(self, world: _World, find: Callable[[], _Process | None]) -> None:
         self._world = world
-        self._shard_id = shard_id
+        self._find = find
 
     async def _call(self, work: Callable[[_Process], Awaitable[Any]]) -> Any:
-        return await self._world.deliver(lambda: self._world.current.get(self._shard_id), work)
+        return await self._world.deliver(self._find, work)
+
+    async def follow(self, replication: str, incarnation: str) -> None:
+        await self._call(lambda process: process.follow(replication, incarnation))
+
+    async def promote(self, incarnation: str) -> None:
+        await self._call(lambda process: process.promote(incarnation))
+
+    async def replicate(self, replication: str, address: str) -> None:
+        await self._call(lambda process: process.replicate(replication, address))
+
+    async def release(self, replication: str) -> None:
+        await self._call(lambda process: process.release(replication))
 
     async def describe(self, grant: Grant | None) -> _Description:
         answer: _Description = await self._call(lambda process: process.describe(grant))
@@ -640,13 +831,14 @@ class _CoordinatorProcess:
         world, state = self._world, self._world.memory.state
         world.trace("a coordinator starts")
         ownership: Ownership = state["ownership"]
-        for shard_id in ownership.shard_ids:
-            self._ensure(shard_id)
-        controls: dict[int, Any] = {shard_id: _Control(world, shard_id) for shard_id in ownership.shard_ids}
+        self._register = PlaceRegister(state["places"], world.memory.places)
+        controls: dict[int, Any] = {shard_id: self._control(shard_id) for shard_id in ownership.shard_ids}
         leases = Leases(LEASE_S, world.clock, state["holders"])
+        replicas = Replicas(self._register, lambda shard_id: _Control(world, lambda: self._standby_or_none(shard_id)))
         self.coordinator = Coordinator(
-            ownership, PARTITION_BITS, max(1, state["epoch"]), controls, 0.5, world.memory, leases
+            ownership, PARTITION_BITS, max(1, state["epoch"]), controls, 0.5, world.memory, leases, replicas
         )
+        self._placing = world.loop.create_task(self._place(), context=self._context)
         self.mover = Mover(self.coordinator, self)
         self._started = world.loop.create_task(self._begin(), context=self._context)
 
@@ -655,6 +847,56 @@ class _CoordinatorProcess:
         assert self.mover is not None
         await self.coordinator.start()
         await self._attempt(self.mover.resume)
+
+    def _control(self, shard_id: int) -> _Control:
+        return _Control(self._world, lambda: self._owner_or_none(shard_id))
+
+    def _owner_or_none(self, shard_id: int) -> _Process | None:
+        home = self._register.places.homes.get(shard_id)
+        return None if home is None else self._world.current.get((shard_id, home))
+
+    def _standby_or_none(self, shard_id: int) -> _Process | None:
+        standby = self._register.places.standbys.get(shard_id)
+        return None if standby is None else self._world.current.get((shard_id, standby.node))
+
+    def owner(self, shard_id: int) -> _Process:
+        found = self._owner_or_none(shard_id)
+        assert found is not None
+        return found
+
+    def standby(self, shard_id: int) -> _Process:
+        found = self._standby_or_none(shard_id)
+        assert found is not None
+        return found
+
+    async def _place(self) -> None:
+        """As Fleet: sees to it that shards and standbys have machines, and processes there."""
+        assert self.coordinator is not None
+        while True:
+            for shard_id in list(self.coordinator.ownership.shard_ids):
+                with contextlib.suppress(OSError):
+                    await self._settle(shard_id)
+            await asyncio.sleep(0.2)
+
+    async def _settle(self, shard_id: int) -> None:
+        world, register = self._world, self._register
+        if shard_id not in register.places.homes:
+            chosen = world.random.choice(MACHINES)
+            world.disks.setdefault((shard_id, chosen), CrashingFileSystem(world.random.getrandbits(32)))
+            await register.change(lambda places: places.with_home(shard_id, chosen))
+        home, standby = register.places.homes[shard_id], register.places.standbys.get(shard_id)
+        self._ensure(shard_id, home)
+        if not world.has_standbys:
+            return
+        burnt = standby is not None and (shard_id, standby.node) not in world.disks
+        if standby is None or (burnt and not standby.in_sync):
+            other = world.random.choice([machine for machine in MACHINES if machine != home])
+            world.disks.setdefault((shard_id, other), CrashingFileSystem(world.random.getrandbits(32)))
+            await register.change(
+                lambda places: places.with_standby(shard_id, other) if places.homes[shard_id] != other else places
+            )
+        if (standby := register.places.standbys.get(shard_id)) is not None:
+            self._ensure(shard_id, standby.node)
 
     async def topology(self) -> Topology:
         """As CoordinatorActor.topology."""
@@ -699,12 +941,15 @@ class _CoordinatorProcess:
         while True:
             await asyncio.sleep(0.2)
             shard_ids = self.coordinator.ownership.shard_ids
-            processes = [world.current.get(shard_id) for shard_id in shard_ids]
+            processes = [self._owner_or_none(shard_id) for shard_id in shard_ids]
             epoch = self.coordinator.topology.epoch
             ready = all(p and p.shard and p.shard.epoch == epoch and p.lease.is_held for p in processes)
             if ready and self._started is not None and self._started.done():
                 await self.mover.resume()
-                if not self.coordinator.ownership.leftovers and self.coordinator.topology.epoch == epoch:
+                if self.coordinator.ownership.leftovers or self.coordinator.topology.epoch != epoch:
+                    continue
+                standbys = [self._register.places.standbys.get(shard_id) for shard_id in shard_ids]
+                if not world.has_standbys or all(standby is not None and standby.in_sync for standby in standbys):
                     return
 
     async def kill(self) -> None:
@@ -716,20 +961,24 @@ class _CoordinatorProcess:
 
     def create(self, shard_id: int) -> _Control:
         self._world.seen["shards added"] += 1
-        self._ensure(shard_id)
-        return _Control(self._world, shard_id)
+        return self._control(shard_id)
 
-    def _ensure(self, shard_id: int) -> None:
-        if shard_id not in self._world.current:
-            self._world.start_shard(shard_id)
+    def _ensure(self, shard_id: int, machine: str) -> None:
+        place = shard_id, machine
+        if place not in self._world.current and place in self._world.disks:
+            self._world.start_shard(*place)
 
     async def remove(self, shard_id: int) -> None:
         self._world.seen["shards retired"] += 1
-        process = self._world.current.pop(shard_id, None)
-        if process is not None:
+        for place in [place for place in self._world.current if place[0] == shard_id]:
+            process = self._world.current.pop(place)
             # From outside: what ends a process is not part of it.
             ending = self._world.loop.create_task(process.end(power=False), context=contextvars.Context())
             await asyncio.wait([ending])
+        for place in [place for place in self._world.disks if place[0] == shard_id]:
+            del self._world.disks[place]
+        with contextlib.suppress(OSError):
+            await self._register.change(lambda places: places.without(shard_id))
 
 
 class _Sender:

@@ -1,4 +1,4 @@
-"""A coordinator and its shards, whatever gets lost, late, stopped, killed or replaced: one process at a time
+"""A coordinator and its shards, whatever gets lost, late, stopped, killed, replaced or burnt: one process at a time
 acknowledges for a partition, and what was acknowledged is counted once, wherever its partition is by then.
 
 pytest tests/simulation/test_coordination.py                                    some runs, other ones each time
@@ -7,6 +7,7 @@ pytest tests/simulation/test_coordination.py --runs 5000 [--first-seed N]       
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -15,9 +16,11 @@ from unittest import mock
 import pytest
 
 from profile_service.cluster.mover import Mover
+from profile_service.cluster.replicas import Replicas
 from profile_service.shard.dedupe import ProducerSequences
 from profile_service.shard.lease import Lease
 from profile_service.shard.moves import Moves
+from profile_service.shard.replication import IN_SYNC, _Replication
 from profile_service.shard.transfer import Departure, Transfer
 from tests.simulation.campaign import explain, run_many, run_some
 from tests.simulation.coordination import run
@@ -36,6 +39,9 @@ REACHED = (
     "memory failed",
     "messages late",
     "messages lost",
+    "owners burnt",
+    "owners released",
+    "owners replaced by their standbys",
     "reads",
     "recoveries",
     "shards added",
@@ -45,6 +51,7 @@ REACHED = (
     "shards: crash",
     "shards: kill",
     "snapshots",
+    "standbys promoted",
 )
 
 
@@ -135,23 +142,59 @@ def decide_before_everything_is_there() -> Sequence[AbstractContextManager[objec
     return [mock.patch.object(Mover, "_attempt", hasty)]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "plant",
-    [
-        take_writes_while_the_rest_is_copied,
-        leave_the_sequences_behind,
-        leave_the_event_ids_behind,
-        follow_no_changes,
-        acknowledge_without_a_lease,
-        clean_nothing_away,
-        decide_before_everything_is_there,
-    ],
-    ids=lambda plant: plant.__name__,
+def acknowledge_without_telling_that_the_standby_is_lost() -> Sequence[AbstractContextManager[object]]:
+    """An owner whose standby does not answer goes on at once; the coordinator still counts on the standby."""
+
+    def go_on(replication: _Replication, reason: str) -> None:
+        replication.release(reason)
+
+    return [mock.patch.object(_Replication, "fail", go_on)]
+
+
+def acknowledge_before_the_standby_has_it() -> Sequence[AbstractContextManager[object]]:
+    """What is shipped is not waited for."""
+    flush = _Replication.flush
+
+    async def hasty(replication: _Replication) -> None:
+        if replication.state == IN_SYNC:
+            replication._wanted.set()
+        else:
+            await flush(replication)
+
+    return [mock.patch.object(_Replication, "flush", hasty)]
+
+
+def count_on_the_standby_of_an_owner_before() -> Sequence[AbstractContextManager[object]]:
+    """An owner's new process ships to nobody, and the coordinator does not take note of that."""
+
+    async def nothing(*_: object) -> None:
+        pass
+
+    return [mock.patch.object(Replicas, "new_owner", nothing)]
+
+
+WITHOUT_STANDBYS: Sequence[Plant] = (
+    take_writes_while_the_rest_is_copied,
+    leave_the_sequences_behind,
+    leave_the_event_ids_behind,
+    follow_no_changes,
+    acknowledge_without_a_lease,
+    clean_nothing_away,
+    decide_before_everything_is_there,
 )
+WITH_STANDBYS: Sequence[Plant] = (
+    acknowledge_without_telling_that_the_standby_is_lost,
+    acknowledge_before_the_standby_has_it,
+    count_on_the_standby_of_an_owner_before,
+)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("plant", [*WITHOUT_STANDBYS, *WITH_STANDBYS], ids=lambda plant: plant.__name__)
 def test_a_planted_bug_is_found(plant: Plant, seed: int) -> None:
     with ExitStack() as stack:
         for patch in plant():
             stack.enter_context(patch)
-        summary = run_some(seed * MOST_RUNS, MOST_RUNS, until_fault=True, run=run)
+        planted = functools.partial(run, standbys=plant in WITH_STANDBYS)
+        summary = run_some(seed * MOST_RUNS, MOST_RUNS, until_fault=True, run=planted)
     assert summary.faults, f"{summary.runs} runs from seed {seed * MOST_RUNS} on have not found it"

@@ -269,6 +269,9 @@ class GetStatusResponse(google.protobuf.message.Message):
         LOG_BYTES_FIELD_NUMBER: builtins.int
         SNAPSHOT_POSITION_FIELD_NUMBER: builtins.int
         SNAPSHOT_TIME_FIELD_NUMBER: builtins.int
+        STANDBY_STATE_FIELD_NUMBER: builtins.int
+        STANDBY_NODE_FIELD_NUMBER: builtins.int
+        STANDBY_MESSAGE_FIELD_NUMBER: builtins.int
         shard_id: builtins.int
         """Its number."""
         address: builtins.str
@@ -305,6 +308,14 @@ class GetStatusResponse(google.protobuf.message.Message):
         """Bytes of log on disk, preallocated ones among them."""
         snapshot_position: builtins.int
         """Log position from which a recovery would replay: that of the last snapshot; 0 before the first."""
+        standby_state: builtins.str
+        """How its standby does: "in sync" (it has everything that is acknowledged), "building" or "missing" (what is
+        acknowledged is on one machine only). Empty where none is asked for.
+        """
+        standby_node: builtins.str
+        """Name of the node where the standby is; empty where there is none."""
+        standby_message: builtins.str
+        """Why it is not in sync, for people; empty where there is nothing to say."""
         @property
         def snapshot_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
             """When the last snapshot was published; unset before the first."""
@@ -330,9 +341,12 @@ class GetStatusResponse(google.protobuf.message.Message):
             log_bytes: builtins.int = ...,
             snapshot_position: builtins.int = ...,
             snapshot_time: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+            standby_state: builtins.str = ...,
+            standby_node: builtins.str = ...,
+            standby_message: builtins.str = ...,
         ) -> None: ...
         def HasField(self, field_name: typing.Literal["snapshot_time", b"snapshot_time"]) -> builtins.bool: ...
-        def ClearField(self, field_name: typing.Literal["address", b"address", "cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_bytes", b"log_bytes", "log_position", b"log_position", "message", b"message", "pid", b"pid", "queued_bytes", b"queued_bytes", "recovery_progress", b"recovery_progress", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "snapshot_position", b"snapshot_position", "snapshot_time", b"snapshot_time", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["address", b"address", "cpu_seconds", b"cpu_seconds", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "event_id_count", b"event_id_count", "log_bytes", b"log_bytes", "log_position", b"log_position", "message", b"message", "pid", b"pid", "queued_bytes", b"queued_bytes", "recovery_progress", b"recovery_progress", "resident_bytes", b"resident_bytes", "shard_id", b"shard_id", "snapshot_position", b"snapshot_position", "snapshot_time", b"snapshot_time", "standby_message", b"standby_message", "standby_node", b"standby_node", "standby_state", b"standby_state", "state", b"state", "state_bytes", b"state_bytes", "user_count", b"user_count"]) -> None: ...
 
     @typing.final
     class NodeStatus(google.protobuf.message.Message):
@@ -349,6 +363,7 @@ class GetStatusResponse(google.protobuf.message.Message):
         HTTP_ADDRESS_FIELD_NUMBER: builtins.int
         DATA_DIR_FIELD_NUMBER: builtins.int
         MESSAGE_FIELD_NUMBER: builtins.int
+        STANDBY_SHARD_IDS_FIELD_NUMBER: builtins.int
         name: builtins.str
         """Its name: that of its data, whatever becomes of the machine."""
         node: builtins.str
@@ -369,6 +384,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         def shard_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
             """The shards whose data is there."""
 
+        @property
+        def standby_shard_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+            """The shards whose standbys are there."""
+
         def __init__(
             self,
             *,
@@ -381,8 +400,9 @@ class GetStatusResponse(google.protobuf.message.Message):
             http_address: builtins.str = ...,
             data_dir: builtins.str = ...,
             message: builtins.str = ...,
+            standby_shard_ids: collections.abc.Iterable[builtins.int] | None = ...,
         ) -> None: ...
-        def ClearField(self, field_name: typing.Literal["address", b"address", "data_dir", b"data_dir", "grpc_address", b"grpc_address", "http_address", b"http_address", "message", b"message", "name", b"name", "node", b"node", "shard_ids", b"shard_ids", "state", b"state"]) -> None: ...
+        def ClearField(self, field_name: typing.Literal["address", b"address", "data_dir", b"data_dir", "grpc_address", b"grpc_address", "http_address", b"http_address", "message", b"message", "name", b"name", "node", b"node", "shard_ids", b"shard_ids", "standby_shard_ids", b"standby_shard_ids", "state", b"state"]) -> None: ...
 
     VERSION_FIELD_NUMBER: builtins.int
     SCHEMA_NAME_FIELD_NUMBER: builtins.int
@@ -399,6 +419,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     DATA_DIR_FIELD_NUMBER: builtins.int
     STORE_FIELD_NUMBER: builtins.int
     NODES_FIELD_NUMBER: builtins.int
+    REPLICAS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """The service's version."""
     schema_name: builtins.str
@@ -425,6 +446,8 @@ class GetStatusResponse(google.protobuf.message.Message):
     """Directory of log and snapshots, of the node that answers; empty with a store."""
     store: builtins.str
     """Where profiles live: "local", or the store's URL without its password."""
+    replicas: builtins.int
+    """Standbys that each shard is to have."""
     @property
     def start_time(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When this frontend started."""
@@ -455,9 +478,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         data_dir: builtins.str = ...,
         store: builtins.str = ...,
         nodes: collections.abc.Iterable[global___GetStatusResponse.NodeStatus] | None = ...,
+        replicas: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["start_time", b"start_time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "nodes", b"nodes", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "store", b"store", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes_per_user", b"bytes_per_user", "data_dir", b"data_dir", "dedupe_capacity", b"dedupe_capacity", "dedupe_window_seconds", b"dedupe_window_seconds", "epoch", b"epoch", "event_count", b"event_count", "nodes", b"nodes", "replicas", b"replicas", "schema_name", b"schema_name", "shards", b"shards", "start_time", b"start_time", "state", b"state", "store", b"store", "sync_mode", b"sync_mode", "user_count", b"user_count", "version", b"version"]) -> None: ...
 
 global___GetStatusResponse = GetStatusResponse
 

@@ -208,3 +208,45 @@ class Adoption(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["duplicate_count", b"duplicate_count", "event_count", b"event_count", "layout", b"layout", "population", b"population", "shard_id", b"shard_id"]) -> None: ...
 
 global___Adoption = Adoption
+
+@typing.final
+class Beginning(google.protobuf.message.Message):
+    """Where the log of a standby begins: what stands before it counts for nothing. The sums are those of its shard's owner as
+    of here; its users follow, piece by piece, as Transfer, among the records of what happens meanwhile.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POPULATION_FIELD_NUMBER: builtins.int
+    EVENT_COUNT_FIELD_NUMBER: builtins.int
+    DUPLICATE_COUNT_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
+    ADOPTED_FIELD_NUMBER: builtins.int
+    SCHEMA_FINGERPRINT_FIELD_NUMBER: builtins.int
+    population: builtins.bytes
+    """An encoded PopulationState."""
+    event_count: builtins.int
+    """Events counted."""
+    duplicate_count: builtins.int
+    """Events refused as duplicates."""
+    layout: builtins.bytes
+    """Where everything is in the population's row, as a snapshot says it."""
+    schema_fingerprint: builtins.str
+    """Of the schema that says what the rows mean."""
+    @property
+    def adopted(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Shards that are no more, and whose sums are among these."""
+
+    def __init__(
+        self,
+        *,
+        population: builtins.bytes = ...,
+        event_count: builtins.int = ...,
+        duplicate_count: builtins.int = ...,
+        layout: builtins.bytes = ...,
+        adopted: collections.abc.Iterable[builtins.int] | None = ...,
+        schema_fingerprint: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adopted", b"adopted", "duplicate_count", b"duplicate_count", "event_count", b"event_count", "layout", b"layout", "population", b"population", "schema_fingerprint", b"schema_fingerprint"]) -> None: ...
+
+global___Beginning = Beginning

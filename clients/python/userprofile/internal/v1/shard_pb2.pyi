@@ -20,6 +20,72 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class ReplicateRequest(google.protobuf.message.Message):
+    """What the owner of a shard has logged, for its standby: the next message is sent when this one is answered."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class Record(google.protobuf.message.Message):
+        """A record of the log."""
+
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        TYPE_FIELD_NUMBER: builtins.int
+        PAYLOAD_FIELD_NUMBER: builtins.int
+        type: builtins.int
+        """Its type."""
+        payload: builtins.bytes
+        """Its payload, as it stands in the owner's log."""
+        def __init__(
+            self,
+            *,
+            type: builtins.int = ...,
+            payload: builtins.bytes = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["payload", b"payload", "type", b"type"]) -> None: ...
+
+    REPLICATION_FIELD_NUMBER: builtins.int
+    NUMBER_FIELD_NUMBER: builtins.int
+    RECORDS_FIELD_NUMBER: builtins.int
+    replication: builtins.str
+    """Names this replication; a standby that expects another one refuses it."""
+    number: builtins.int
+    """Which message of it this is: 1, 2, 3 …"""
+    @property
+    def records(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ReplicateRequest.Record]:
+        """The records, in order."""
+
+    def __init__(
+        self,
+        *,
+        replication: builtins.str = ...,
+        number: builtins.int = ...,
+        records: collections.abc.Iterable[global___ReplicateRequest.Record] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number", "records", b"records", "replication", b"replication"]) -> None: ...
+
+global___ReplicateRequest = ReplicateRequest
+
+@typing.final
+class ReplicateResponse(google.protobuf.message.Message):
+    """Every record up to here is durable with the standby."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """The message's."""
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["number", b"number"]) -> None: ...
+
+global___ReplicateResponse = ReplicateResponse
+
+@typing.final
 class ApplyRequest(google.protobuf.message.Message):
     """Events for the partitions of one shard."""
 

@@ -61,6 +61,11 @@ class ShardServiceStub(object):
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.SerializeToString,
                 response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.FromString,
                 _registered_method=True)
+        self.Replicate = channel.stream_stream(
+                '/userprofile.internal.v1.ShardService/Replicate',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateResponse.FromString,
+                _registered_method=True)
         self.CreateSnapshot = channel.unary_unary(
                 '/userprofile.internal.v1.ShardService/CreateSnapshot',
                 request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.CreateSnapshotRequest.SerializeToString,
@@ -110,6 +115,13 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Replicate(self, request_iterator, context):
+        """From the shard's owner to its standby: records of the owner's log, in their order, answered when they are durable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CreateSnapshot(self, request, context):
         """Writes a snapshot now, and answers when it is published.
         """
@@ -144,6 +156,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.Receive,
                     request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.FromString,
                     response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.SerializeToString,
+            ),
+            'Replicate': grpc.stream_stream_rpc_method_handler(
+                    servicer.Replicate,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateResponse.SerializeToString,
             ),
             'CreateSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateSnapshot,
@@ -288,6 +305,33 @@ class ShardService(object):
             '/userprofile.internal.v1.ShardService/Receive',
             userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveRequest.SerializeToString,
             userprofile_dot_internal_dot_v1_dot_shard__pb2.ReceiveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Replicate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/userprofile.internal.v1.ShardService/Replicate',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReplicateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,12 @@ class ShardServiceStub:
     ]
     """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
 
+    Replicate: grpc.StreamStreamMultiCallable[
+        userprofile.internal.v1.shard_pb2.ReplicateRequest,
+        userprofile.internal.v1.shard_pb2.ReplicateResponse,
+    ]
+    """From the shard's owner to its standby: records of the owner's log, in their order, answered when they are durable."""
+
     CreateSnapshot: grpc.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
         userprofile.internal.v1.shard_pb2.CreateSnapshotResponse,
@@ -99,6 +105,12 @@ class ShardServiceAsyncStub:
         userprofile.internal.v1.shard_pb2.ReceiveResponse,
     ]
     """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
+
+    Replicate: grpc.aio.StreamStreamMultiCallable[
+        userprofile.internal.v1.shard_pb2.ReplicateRequest,
+        userprofile.internal.v1.shard_pb2.ReplicateResponse,
+    ]
+    """From the shard's owner to its standby: records of the owner's log, in their order, answered when they are durable."""
 
     CreateSnapshot: grpc.aio.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.CreateSnapshotRequest,
@@ -153,6 +165,14 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[userprofile.internal.v1.shard_pb2.ReceiveResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.ReceiveResponse]]:
         """From the shard that gives partitions away: takes some of what it holds of them, and answers when that is durable."""
+
+    @abc.abstractmethod
+    def Replicate(
+        self,
+        request_iterator: _MaybeAsyncIterator[userprofile.internal.v1.shard_pb2.ReplicateRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[userprofile.internal.v1.shard_pb2.ReplicateResponse], collections.abc.AsyncIterator[userprofile.internal.v1.shard_pb2.ReplicateResponse]]:
+        """From the shard's owner to its standby: records of the owner's log, in their order, answered when they are durable."""
 
     @abc.abstractmethod
     def CreateSnapshot(
