@@ -14,8 +14,6 @@ ARGS ?=
 # Two workers; the tests that share a service stay on one of them (tests/conftest.py). In the order of the files, so that the longest of
 # them are not left for the end, when the other worker has nothing to do.
 PYTEST_FLAGS ?= -n 2 --dist loadgroup --no-loadscope-reorder --durations 15
-# Takes several minutes, most of them for Ray's autoscaler to look around: apart, as test-ray-up.
-RAY_UP := tests/e2e/test_ray_up.py
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -92,12 +90,12 @@ bench-libraries: $(STAMP)  ## Measure grpcio, threads and event loops against wh
 # --- testing and checking ---
 
 .PHONY: test
-test: test-tools $(VENV)/.kernels-done  ## Run every test but test-ray-up: ARGS='-k name --seed 7'
-	$(PYTHON) -m pytest $(PYTEST_FLAGS) --deselect $(RAY_UP) $(ARGS)
+test: test-tools $(VENV)/.kernels-done  ## Run the tests, but for test-long: ARGS='-k name --seed 7'
+	$(PYTHON) -m pytest $(PYTEST_FLAGS) -m "not long" $(ARGS)
 
-.PHONY: test-ray-up
-test-ray-up: host-tools $(VENV)/.kernels-done  ## Run ray up, the loss of a host, and ray down, on hosts of its own
-	$(PYTHON) -m pytest -n 0 $(RAY_UP) $(ARGS)
+.PHONY: test-long
+test-long: test-tools host-tools $(VENV)/.kernels-done  ## Run what takes longer: ray up on hosts of its own, and long tests with Redis
+	$(PYTHON) -m pytest $(PYTEST_FLAGS) -m long $(ARGS)
 
 .PHONY: check
 check: check-format check-lint check-types check-layers check-protos check-generated check-lock  ## Format, lint, types, layers, protos, fresh generated code and lock

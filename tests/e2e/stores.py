@@ -10,9 +10,10 @@ import pytest
 
 from tests.redis_process import RedisProcess
 
-STORES = ("local", "redis")
+STORES = ("local", pytest.param("redis", marks=pytest.mark.long))
+"""Of a test that starts services of its own: with Redis it is one of those that `make test-long` runs."""
 
-IN_BOTH_STORES = pytest.mark.parametrize("service", STORES, indirect=True, scope="session")
+IN_BOTH_STORES = pytest.mark.parametrize("service", ("local", "redis"), indirect=True, scope="session")
 """Of a test, or a module, that uses the shared `service`."""
 
 

@@ -16,6 +16,7 @@ TIMEOUT_S = 400.0
 """Six starts of Ray, one after the other, on a machine that may be busy with other tests."""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(TIMEOUT_S + 20)
 def test_ray_up_serves_through_the_loss_of_a_node_and_ray_down_leaves_nothing() -> None:
     network = set(psutil.net_if_addrs())
