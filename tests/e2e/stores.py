@@ -13,7 +13,7 @@ from tests.redis_process import RedisProcess
 STORES = ("local", pytest.param("redis", marks=pytest.mark.long))
 """Of a test that starts services of its own: with Redis it is one of those that `make test-long` runs."""
 
-IN_BOTH_STORES = pytest.mark.parametrize("service", ("local", "redis"), indirect=True, scope="session")
+IN_BOTH_STORES = pytest.mark.parametrize("service", ["local", "redis"], indirect=True, scope="session")
 """Of a test, or a module, that uses the shared `service`."""
 
 
