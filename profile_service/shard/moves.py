@@ -18,7 +18,6 @@ replaced, gives none.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -406,9 +405,11 @@ class Moves(_Handover):
 @asynccontextmanager
 async def _resting() -> AsyncIterator[None]:
     """Rests after what is done in it."""
-    began_s = time.monotonic()
+    # The loop's clock, which a simulation makes up.
+    clock = asyncio.get_running_loop().time
+    began_s = clock()
     yield
-    await asyncio.sleep(min(REST * (time.monotonic() - began_s), MOST_REST_S))
+    await asyncio.sleep(min(REST * (clock() - began_s), MOST_REST_S))
 
 
 async def _nothing() -> None:
