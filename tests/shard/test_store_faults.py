@@ -166,6 +166,8 @@ class Front:
 
     def replicated(self) -> None:
         """Returns when the replica has all that the primary has."""
+        # WAIT is for what its own connection has written, and for all before that.
+        self.primary.client.set("a probe", 1)
         assert self.primary.client.wait(1, int(PATIENCE_S * 1000)) == 1
 
     def separate(self) -> None:
