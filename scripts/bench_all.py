@@ -30,7 +30,7 @@ RUNS: dict[str, list[str]] = {
     "startup": ["startup"],
     "flood": ["flood"],
     "stores": ["stores"],
-    "scale": ["scale"],
+    "scale": ["scale", "--rate", "10000", "--reads", "100"],
     "soak": ["soak", "--minutes", "30"],
 }
 """By the name of the files, what `profile-service bench` is told."""

@@ -154,14 +154,15 @@ class Mover:
         await self._clean()
 
     async def _add(self, count: int) -> None:
+        # One after the other: to start one takes a processor for seconds, and events go on. None is a member that was
+        # not begun to start.
         coordinator = self._coordinator
-        before = coordinator.ownership
-        joined = before.joined(count)
-        new = [shard_id for shard_id in joined.shard_ids if shard_id not in before.shard_ids]
-        async with coordinator.changing:
-            await coordinator.install(coordinator.topology.with_members(joined.shard_ids), joined)
-        for shard_id in new:
-            # One after the other: to start one takes a processor for seconds, and events go on.
+        for _ in range(count):
+            before = coordinator.ownership
+            joined = before.joined(1)
+            (shard_id,) = set(joined.shard_ids) - set(before.shard_ids)
+            async with coordinator.changing:
+                await coordinator.install(coordinator.topology.with_members(joined.shard_ids), joined)
             coordinator.add_shard(shard_id, self._factory.create(shard_id))
             await self._until_serving(shard_id)
 
