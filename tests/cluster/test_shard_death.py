@@ -87,8 +87,13 @@ class Death:
         self._reached.set()
         await asyncio.Event().wait()
 
-    async def happen(self) -> None:
-        await asyncio.wait_for(self._reached.wait(), 10)
+    async def happen(self, within_s: float = 10) -> None:
+        """The kill, once the step is reached.
+
+        Raises:
+            TimeoutError: It was not reached within the time; the shard lives.
+        """
+        await asyncio.wait_for(self._reached.wait(), within_s)
         await self._cluster.kill(self._shard_id)
 
 
@@ -255,8 +260,7 @@ async def test_streams_and_requests_count_once_through_many_deaths(seed: int) ->
                 shard_id = random.randrange(3)
                 death = Death(cluster, shard_id, random.choice(STEPS))
                 try:
-                    async with asyncio.timeout(1):
-                        await death.happen()
+                    await death.happen(within_s=1)
                 except TimeoutError:
                     await cluster.kill(shard_id)
                 await asyncio.sleep(random.random() * 0.05)
