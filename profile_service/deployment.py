@@ -85,7 +85,7 @@ def deploy(
         if running is not None:
             _end(running)
         generation = f"{time.time_ns():x}"
-        plan = Plan(schema, settings, manifest, FrontendActor, generation, resource=resource)
+        plan = Plan(schema.text, settings, manifest, FrontendActor, generation, resource=resource)
         tell("starting the coordinator")
         coordinator = create_coordinator(CoordinatorActor, plan, head["Resources"].get("CPU", 0.0))
         ready = wait_until_ready(coordinator, tell, stopped)

@@ -228,7 +228,7 @@ class Service:
             grpc_port=settings.grpc_port,
             http_port=settings.http_port,
         )
-        plan = Plan(schema, settings, directory.manifest, FrontendActor, generation="", node=node)
+        plan = Plan(schema.text, settings, directory.manifest, FrontendActor, generation="", node=node)
         # The coordinator would create the others, too; so all processes start side by side.
         for shard_id in shard_ids:
             create_shard(plan, shard_id, node)

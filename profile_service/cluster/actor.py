@@ -37,7 +37,7 @@ from profile_service.config import Settings
 from profile_service.errors import InvalidArgument, ProfileServiceError
 from profile_service.shard.actor import ShardDescription
 from profile_service.shard.lease import Grant
-from profile_service.shard.moves import Departed
+from profile_service.shard.reports import Departed
 from profile_service.shard.store_opening import open_store
 from profile_service.storage.data_directory import Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
@@ -153,12 +153,12 @@ class CoordinatorActor:
 
     async def deployed(self) -> tuple[Manifest, Settings, str]:
         """What the service runs with: what it was made with, its settings as they were given, the schema's text."""
-        return self._plan.manifest, self._plan.settings, self._plan.schema.text
+        return self._plan.manifest, self._plan.settings, self._plan.schema
 
     async def remember_schema(self) -> None:
         """Has the next start of the service know the schema before any process starts."""
         try:
-            await self._memory.schema(self._plan.schema.text)
+            await self._memory.schema(self._plan.schema)
         except OSError as error:
             # It only makes the next start say earlier what the shards would say then.
             logger.warning("the schema cannot be written: %s", error)

@@ -52,7 +52,7 @@ class ApplyStream(OwnerStream):
         self,
         shard_id: int,
         channel: Callable[[], aio.Channel],
-        lost: Callable[[], Awaitable[None]],
+        lost: Callable[[], Awaitable[bool]],
         window_bytes: int,
         epoch: Callable[[], int],
     ) -> None:

@@ -35,7 +35,8 @@ class ShardLink:
     """Everything that goes from here to one shard.
 
     Args:
-        lost: awaited when a stream was lost or refused, before it is opened again.
+        lost: awaited when a stream was lost or refused, before it is opened again; returns whether the topology is
+            another one now.
         epoch: gives the epoch of the current topology.
     """
 
@@ -44,7 +45,7 @@ class ShardLink:
         location: ShardLocation,
         limits: Limits,
         capacity: Capacity,
-        lost: Callable[[], Awaitable[None]],
+        lost: Callable[[], Awaitable[bool]],
         epoch: Callable[[], int],
     ) -> None:
         self.location = location

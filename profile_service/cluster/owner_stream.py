@@ -35,10 +35,11 @@ class OwnerStream(ABC):
     Args:
         method: full name of the call, `/package.Service/Method`.
         channel: gives the channel to open the next call on.
-        lost: awaited before the call is opened again.
+        lost: awaited before the call is opened again; returns whether something has changed, so that it is worth while
+            to open it at once.
     """
 
-    def __init__(self, method: str, channel: Callable[[], aio.Channel], lost: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, method: str, channel: Callable[[], aio.Channel], lost: Callable[[], Awaitable[bool]]) -> None:
         self._method = method
         self._channel = channel
         self._lost = lost
@@ -81,11 +82,12 @@ class OwnerStream(ABC):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def pause(self) -> None:
-        """Returns when everything sent is answered or settled; nothing is sent until `resume`."""
+    def pause(self) -> Awaitable[object]:
+        """Sends nothing from now on, until `resume`. What it returns is done when everything sent is answered or
+        settled."""
         self._released.clear()
         self._finish()
-        await self._settled.wait()
+        return self._settled.wait()
 
     def resume(self) -> None:
         """Goes on after `pause`."""
@@ -110,9 +112,10 @@ class OwnerStream(ABC):
                 self._settled.set()
             if not self._released.is_set():
                 continue
-            await self._lost()
-            delay_s = FIRST_BACKOFF_S if self._served else min(2 * delay_s, LAST_BACKOFF_S)
-            await asyncio.sleep(delay_s)
+            changed = await self._lost()
+            delay_s = FIRST_BACKOFF_S if self._served or changed else min(2 * delay_s, LAST_BACKOFF_S)
+            if not changed:
+                await asyncio.sleep(delay_s)
 
     async def _session(self) -> str:
         """One call from its opening to its end; returns why it ended."""

@@ -11,7 +11,6 @@ from profile_service.cluster.coordinator import Standing
 from profile_service.cluster.places import Places
 from profile_service.cluster.replicas import StandbyStanding
 from profile_service.config import Settings
-from profile_service.domain.schema import Schema
 from profile_service.storage.data_directory import Manifest
 
 
@@ -52,7 +51,8 @@ class Node:
 class Plan:
     """What is to run."""
 
-    schema: Schema
+    schema: str
+    """The schema file's text."""
     settings: Settings
     manifest: Manifest
     frontend: type

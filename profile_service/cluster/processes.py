@@ -62,7 +62,7 @@ def create_shard(plan: Plan, shard_id: int, node: Node) -> Process:
         f"shard-{shard_id}",
         ShardActor,
         shard_id,
-        plan.schema.text,
+        plan.schema,
         node.settings(plan.settings),
         # It owns nothing until the coordinator says so. A restart gets these arguments again, however old they are.
         0,

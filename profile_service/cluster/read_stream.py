@@ -61,7 +61,7 @@ class ReadStream(OwnerStream):
         self,
         shard_id: int,
         channel: Callable[[], aio.Channel],
-        lost: Callable[[], Awaitable[None]],
+        lost: Callable[[], Awaitable[bool]],
         epoch: Callable[[], int],
     ) -> None:
         super().__init__(METHOD, channel, lost)

@@ -27,7 +27,7 @@ from typing import Protocol
 from profile_service.cluster.places import PlaceRegister, Replica
 from profile_service.errors import ProfileServiceError
 from profile_service.shard.lease import Grant
-from profile_service.shard.replication import BUILDING, IN_SYNC, LOST, Shipping
+from profile_service.shard.reports import BUILDING, IN_SYNC, LOST, Shipping
 
 CALL_TIMEOUT_S = 2.0
 

@@ -4,8 +4,9 @@
     read  ─▶ split by owner ─▶ a question to each owner's ReadStream ─▶ joined in the order asked for
 
 The topology is cached; it is asked for anew when an owner says "not mine" or is lost. When partitions change owners,
-every stream is paused until what it has sent is answered; then all that waits is split anew, in the old order, and goes
-on. So the parts of a lane keep their order through a change, too.
+the streams to those that lose some are paused until what they have sent is answered; then all that waits there is split
+anew, in the old order, and goes on. So a lane's events of one partition keep their order through a change, too. The
+other streams go on, and questions go to the new owners at once.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ class Router:
         self._links: dict[int, ShardLink] = {}
         self._by_position: list[ShardLink] = []
         self._owners: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
-        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[bool] | None = None
+        self._settling: asyncio.Task[None] | None = None
+        self._started = asyncio.Event()
+        """Set from the first topology on."""
         self._stable = asyncio.Event()
+        """Set while batches may be split by `_owners`."""
         self._last_serial = 0
 
     @property
@@ -112,8 +117,9 @@ class Router:
 
     async def close(self) -> None:
         """Ends every stream; what still waits fails with Unavailable."""
-        if self._refreshing is not None:
-            self._refreshing.cancel()
+        for task in (self._refreshing, self._settling):
+            if task is not None:
+                task.cancel()
         for link in self._links.values():
             await link.close()
             link.applies.fail_all(Unavailable("the frontend shuts down", retry_after_s=1.0))
@@ -273,7 +279,7 @@ class Router:
 
         Raises Unavailable where none can be reached.
         """
-        await self._stable.wait()
+        await self._started.wait()
         answers = await asyncio.gather(
             *(link.acknowledged(producer_id, CONTROL_TIMEOUT_S) for link in self._links.values()),
             return_exceptions=True,
@@ -310,29 +316,32 @@ class Router:
             positions[link.location.shard_id] = answer
         return positions
 
-    async def refresh(self) -> None:
-        """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one
-        stays."""
+    async def refresh(self) -> bool:
+        """Asks for the topology and follows it; many callers share one question. Errors are logged: the old one stays.
+
+        Returns whether there was a later one.
+        """
         if self._refreshing is None:
             self._refreshing = asyncio.create_task(self._refresh())
-        await asyncio.shield(self._refreshing)
+        return await asyncio.shield(self._refreshing)
 
-    async def _refresh(self) -> None:
+    async def _refresh(self) -> bool:
         try:
             # Whoever lost an owner waits for this, and may find the owner where it was.
             async with asyncio.timeout(CONTROL_TIMEOUT_S):
                 topology = await self._source()
         except Exception as error:  # noqa: BLE001  # The source is a remote call: the topology in hand still serves.
             logger.warning("the topology cannot be refreshed: %s", reason_of(error))
+            return False
         else:
-            await self._install(topology)
+            return await self._install(topology)
         finally:
             self._refreshing = None
 
-    async def _install(self, topology: Topology) -> None:
+    async def _install(self, topology: Topology) -> bool:
         before = self._topology
         if before is not None and topology.epoch <= before.epoch:
-            return
+            return False
         if before is not None and topology.same_owners(before):
             self._topology = topology
             for location in topology.shards:
@@ -340,28 +349,49 @@ class Router:
         else:
             await self._change_owners(topology)
         logger.info("routing by epoch %d: %d shards", topology.epoch, len(topology.shards))
+        return True
 
     async def _change_owners(self, topology: Topology) -> None:
+        """Questions go by the new owners when this returns; batches wait until what was split before has settled."""
+        if self._settling is not None:
+            await self._settling
         self._stable.clear()
-        before = list(self._links.values())
-        await asyncio.gather(*(link.applies.pause() for link in before))
-        waiting = parts_in_order(link.applies for link in before)
-        self._topology = topology
+        lost = set() if self._topology is None else topology.losers_since(self._topology)
+        losing = [link for shard_id, link in self._links.items() if shard_id in lost]
+        # From here on they send nothing: what waits there goes to others.
+        answered = [link.applies.pause() for link in losing]
         links = {}
         for location in topology.shards:
-            link = self._links.pop(location.shard_id, None)
+            link = self._links.get(location.shard_id)
             if link is None:
                 link = ShardLink(location, self._limits, self._capacity, self.refresh, lambda: self.topology.epoch)
                 link.start()
-            await link.move(location)
+            elif link not in losing:
+                await link.move(location)
             links[location.shard_id] = link
-        leaving, self._links = list(self._links.values()), links
+        leaving = [link for shard_id, link in self._links.items() if shard_id not in links]
+        self._topology = topology
+        self._links = links
         self._by_position = [links[location.shard_id] for location in topology.shards]
         self._owners = topology.owner_table()
-        for part in waiting:
+        self._started.set()
+        self._settling = asyncio.create_task(self._settle(topology, losing, answered, leaving))
+
+    async def _settle(
+        self,
+        topology: Topology,
+        losing: Sequence[ShardLink],
+        answered: Sequence[Awaitable[object]],
+        leaving: Sequence[ShardLink],
+    ) -> None:
+        await asyncio.gather(*answered)
+        for part in parts_in_order(link.applies for link in losing):
             self._put_again(part)
-        for link in links.values():
-            link.applies.resume()
+        for location in topology.shards:
+            link = self._links[location.shard_id]
+            if link in losing:
+                await link.move(location)
+                link.applies.resume()
         self._stable.set()
         for link in leaving:
             await link.close()
@@ -407,13 +437,13 @@ class Router:
         failure: ProfileServiceError | None = None
         async with _patience(deadline_s, lambda: "its owner cannot be reached" if failure is None else failure.message):
             while True:
-                await self._stable.wait()
+                await self._started.wait()
                 failure = await attempt()
                 if failure is None:
                     return
-                await self.refresh()
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
+                if not await self.refresh():
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, LAST_RETRY_S)
 
 
 async def _answer_or_error(

@@ -7,8 +7,7 @@ from typing import Protocol
 
 from profile_service.cluster.replicas import ReplicaControl
 from profile_service.shard.lease import Grant
-from profile_service.shard.moves import Departed
-from profile_service.shard.replication import Shipping
+from profile_service.shard.reports import Departed, Shipping
 
 
 class ShardDead(Exception):

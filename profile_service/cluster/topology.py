@@ -115,6 +115,10 @@ class Topology:
         mine = [shard.shard_id for shard in self.shards]
         return mine == [shard.shard_id for shard in other.shards] and self.ranges() == other.ranges()
 
+    def losers_since(self, before: Topology) -> set[int]:
+        """Shards that owned a partition before and do not own it any more."""
+        return {old for old, new in zip(before.owners(), self.owners(), strict=True) if old != new}
+
     def with_shards(self, shards: Mapping[int, ShardLocation]) -> Topology:
         """The same owners at other places, one epoch later."""
         moved = tuple(shards.get(shard.shard_id, shard) for shard in self.shards)

@@ -1,4 +1,7 @@
-"""A frontend as a Ray actor: all Ray of this package is here. Ray starts the process and restarts it when it dies."""
+"""A frontend as a Ray actor: all Ray of this package is here. Ray starts the process and restarts it when it dies.
+
+The coordinator imports this, too, to create frontends; so what takes long to import is imported in the constructor.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,7 @@ from profile_service.cluster.changes import Changed
 from profile_service.cluster.plan import FrontendDescription, Layout
 from profile_service.cluster.topology import Topology
 from profile_service.config import Settings
-from profile_service.domain.schema import Schema
 from profile_service.errors import StartupError, Unavailable
-from profile_service.frontends.server import Frontend
-from profile_service.shard.warm import warm_stored_kernels
-from profile_service.wire.warm import warm_scanning
 
 FAILED_EXIT_STATUS = 70
 """EX_SOFTWARE: it could not start again."""
@@ -40,13 +39,16 @@ class FrontendActor:
     """One frontend's process.
 
     Args:
+        schema: the schema file's text.
         settings: with ports that are not 0, so that a restarted frontend is found where it was.
     """
 
-    async def __init__(self, schema: Schema, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it.
+    async def __init__(self, schema: str, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it.
         logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
 
         keep_freed_memory()
+        from profile_service.domain.schema import parse_schema
+        from profile_service.frontends.server import Frontend
 
         coordinator = CoordinatorCalls()
 
@@ -54,9 +56,9 @@ class FrontendActor:
             current: Topology = await coordinator.call("topology")
             return current
 
-        self._schema = schema
+        self._schema = parse_schema(schema)
         self._is_local = settings.storage.is_local
-        self._frontend = Frontend(schema, settings, topology, system_clock, _RayChanges(coordinator))
+        self._frontend = Frontend(self._schema, settings, topology, system_clock, _RayChanges(coordinator))
         self._started = asyncio.create_task(self._start())
 
     async def describe(self) -> FrontendDescription:
@@ -80,8 +82,12 @@ class FrontendActor:
             raise
 
     def _warm(self) -> None:
+        from profile_service.wire.warm import warm_scanning
+
         warm_scanning()
         if not self._is_local:
+            from profile_service.shard.warm import warm_stored_kernels
+
             warm_stored_kernels(self._schema)
 
     async def _listen(self) -> None:

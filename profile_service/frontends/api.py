@@ -91,6 +91,11 @@ class Api:
         """Returns when no call is being answered."""
         await self._in_flight.none.wait()
 
+    @property
+    def calls_seen(self) -> int:
+        """How many calls there were so far, answered or not."""
+        return self._in_flight.seen
+
     async def call(self, method: str, request: bytes, context: CallContext) -> bytes:
         """Answers a call with one request and one response; `method` as in "userprofile.v1.ProfileService/GetProfile".
 
@@ -127,6 +132,7 @@ class _InFlight:
 
     def __init__(self) -> None:
         self.count = 0
+        self.seen = 0
         self.none = asyncio.Event()
         self.none.set()
 
@@ -146,6 +152,7 @@ class _Counted:
     def __enter__(self) -> None:
         self._start_s = time.perf_counter()
         self._in_flight.count += 1
+        self._in_flight.seen += 1
         self._in_flight.none.clear()
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:

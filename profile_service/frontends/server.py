@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -44,8 +45,10 @@ OVERSIZE_FACTOR = 2
 limit."""
 
 TURN_AWAY_S = 0.3
-"""How long calls that come while draining are told to come again. When gRPC stops, it breaks off as cancelled what has
-arrived and was not read yet; by then a burst of calls has been read."""
+MOST_TURN_AWAY_S = 1.5
+"""How long calls that come while draining are told to come again: until none came for so long, and at most so long.
+When gRPC stops, it breaks off as cancelled what has arrived and was not read yet; by then a burst of calls has been
+read."""
 
 HEALTH_INTERVAL_S = 0.05
 """How often readiness is looked at."""
@@ -156,7 +159,7 @@ class Frontend:
         self.api.drain()
         http, *others = self._tasks
         self._http.should_exit = True
-        await asyncio.sleep(TURN_AWAY_S)
+        await self._turn_away()
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_timeout_s))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.drain_timeout_s):
@@ -170,6 +173,13 @@ class Frontend:
         await self._router.close()
         if self._away is not None:
             await self._away.close()
+
+    async def _turn_away(self) -> None:
+        deadline_s = time.monotonic() + MOST_TURN_AWAY_S
+        seen = -1
+        while seen != self.api.calls_seen and time.monotonic() < deadline_s:
+            seen = self.api.calls_seen
+            await asyncio.sleep(TURN_AWAY_S)
 
     def _bind_grpc(self) -> int:
         port = self._settings.grpc_port

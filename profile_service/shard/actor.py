@@ -25,8 +25,7 @@ from profile_service.shard.preload import Preload
 from profile_service.shard.startup import Startup
 
 if TYPE_CHECKING:
-    from profile_service.shard.moves import Departed
-    from profile_service.shard.replication import Shipping
+    from profile_service.shard.reports import Departed, Shipping
 
 
 @dataclass(frozen=True)

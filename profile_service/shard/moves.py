@@ -35,6 +35,7 @@ from profile_service.shard.log_records import (
     RECORD_TRANSFER,
     encode_forget,
 )
+from profile_service.shard.reports import Departed
 from profile_service.shard.state import ShardState
 from profile_service.shard.state_blocks import describe_layout
 from profile_service.shard.transfer import Departure, Transfer, check, check_room, receive
@@ -57,15 +58,6 @@ MOST_REST_S = 0.05
 """but no longer than this."""
 
 RETRY_S = 0.1
-
-
-@dataclass(frozen=True)
-class Departed:
-    """What a departure has sent so far."""
-
-    rows: int
-    """Each as often as it was sent."""
-    size_bytes: int
 
 
 class Target(Protocol):

@@ -29,11 +29,12 @@ from profile_service.shard.health import Health
 from profile_service.shard.keeping import NoSnapshots
 from profile_service.shard.lease import Lease, lock_identity
 from profile_service.shard.move_target import RemoteTarget
-from profile_service.shard.moves import Departed, Moves, StoredMoves
+from profile_service.shard.moves import Moves, StoredMoves
 from profile_service.shard.preload import Preload
 from profile_service.shard.recovery import recover
-from profile_service.shard.replication import ReplicatedLog, Shipping
+from profile_service.shard.replication import ReplicatedLog
 from profile_service.shard.replication_stream import RemoteStandby
+from profile_service.shard.reports import Departed, Shipping
 from profile_service.shard.service import ShardServer
 from profile_service.shard.shard import Shard
 from profile_service.shard.snapshotter import Snapshotter

@@ -26,17 +26,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from profile_service.errors import ProfileServiceError, Replaced, Unavailable
 from profile_service.shard.keeping import DurableLog
 from profile_service.shard.log_records import RECORD_BEGINNING, RECORD_TRANSFER
 from profile_service.shard.moves import Writer
+from profile_service.shard.reports import BUILDING, IN_SYNC, LOST, Shipping
 from profile_service.shard.state import ShardState
 from profile_service.shard.transfer import Departure
-
-BUILDING, IN_SYNC, LOST = "building", "in sync", "lost"
 
 TAKE_TIMEOUT_S = 3.0
 """A standby that has not made some records durable after so long is lost."""
@@ -68,18 +66,6 @@ class Standby(Protocol):
 
     async def close(self) -> None:
         """Ends the connection."""
-
-
-@dataclass(frozen=True)
-class Shipping:
-    """How a replication does, as the coordinator hears it."""
-
-    replication: str = ""
-    """Its name; empty where there is none."""
-    state: str = ""
-    """As the module's text has it; empty where there is none."""
-    message: str = ""
-    """Why the last one was lost, for people."""
 
 
 class ReplicatedLog:

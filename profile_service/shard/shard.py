@@ -164,6 +164,8 @@ class Shard:
         self.shard_id = shard_id
         self.schema = schema = state.schema
         self.epoch = epoch
+        self._oldest_epoch = epoch
+        """The latest one at which it lost a partition: what was routed by earlier ones is refused."""
         self._partition_shift = np.uint64(64 - partition_bits)
         self._owned = np.zeros(1 << partition_bits, dtype=np.bool_)
         self._owned[list(owned)] = True
@@ -438,8 +440,8 @@ class Shard:
         """Decodes the submission's parts; None if it was refused whole."""
         try:
             submission.sender.check()
-            # Owners may have changed meanwhile. What was routed by another epoch goes back whole, even if this shard
-            # still owns it: the same producer's next batch must not overtake it.
+            # Owners may have changed meanwhile. Once this shard has lost a partition, what was routed before goes back
+            # whole, even if this shard still owns it: so whoever sent it asks for the owners of now.
             self._check_epoch(submission.epoch)
             checked = []
             for part in submission.parts:
@@ -537,7 +539,7 @@ class Shard:
         self._jobs.clear()
 
     def _check_epoch(self, epoch: int) -> None:
-        if epoch != self.epoch:
+        if not self._oldest_epoch <= epoch <= self.epoch:
             raise NotMine(f"shard {self.shard_id} is at epoch {self.epoch}, the request at {epoch}", self.epoch)
 
     @property
@@ -601,8 +603,11 @@ class Shard:
         """Takes a newer topology; older ones are ignored, and so is any while it is a standby, which owns nothing."""
         if epoch > self.epoch and not (self.following is not None and self.following.replication):
             self.epoch = epoch
+            before = self._owned.copy()
             self._owned[:] = False
             self._owned[list(owned)] = True
+            if (before & ~self._owned).any():
+                self._oldest_epoch = epoch
             self.moves.new_epoch()
             self._look_at_s = 0.0
             self._wake.set()

@@ -216,7 +216,7 @@ class FakeShard:
 
     def __init__(self, shard_id: int, epoch: int, owned: list[int]) -> None:
         self.shard_id = shard_id
-        self.epoch = epoch
+        self.epoch = self.oldest_epoch = epoch
         self.owned = set(owned)
         self.requests: list[list[ApplyPart]] = []
         """Parts of each request that was taken."""
@@ -237,8 +237,10 @@ class FakeShard:
         return ShardCounters(0, 0, 0, 0, 0, 0, 0, "always", 0, 0, 0)
 
     def update_topology(self, epoch: int, owned: Iterable[int]) -> None:
+        before, self.owned = self.owned, set(owned)
         self.epoch = epoch
-        self.owned = set(owned)
+        if before - self.owned:
+            self.oldest_epoch = epoch
 
     async def close(self) -> None:
         pass

@@ -17,7 +17,7 @@ from profile_service.cluster.places import PlaceRegister, Places
 from profile_service.cluster.replicas import Replicas
 from profile_service.cluster.shard_control import ShardDead
 from profile_service.shard.lease import Grant, Lease
-from profile_service.shard.replication import Shipping
+from profile_service.shard.reports import Shipping
 from tests.cluster.local_cluster import until
 
 LEASE_S = 10.0

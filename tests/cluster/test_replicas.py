@@ -11,7 +11,7 @@ from profile_service.cluster import replicas as replicas_module
 from profile_service.cluster.places import PlaceRegister, Places, Replica
 from profile_service.cluster.replicas import Replicas
 from profile_service.shard.lease import Grant
-from profile_service.shard.replication import BUILDING, IN_SYNC, LOST, Shipping
+from profile_service.shard.reports import BUILDING, IN_SYNC, LOST, Shipping
 
 
 @dataclass

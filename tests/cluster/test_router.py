@@ -436,8 +436,7 @@ class Mover(FakeShard):
         self.turn = asyncio.Lock()
 
     async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
-        if epoch != self.epoch:
-            raise NotMine("another epoch", self.epoch)
+        self.check(epoch)
         self.dice.append((self.dice[-1] * 1_103_515_245 + 12_345) % (1 << 31))
         if self.dice[-1] % 11 == 0:
             raise ResourceExhausted("full", 0.01)
@@ -446,9 +445,12 @@ class Mover(FakeShard):
         async with self.turn:
             for _ in range(self.dice[-1] % 5):
                 await asyncio.sleep(0.002)
-            if epoch != self.epoch:
-                raise NotMine("another epoch", self.epoch)
+            self.check(epoch)
             self.apply(parts)
+
+    def check(self, epoch: int) -> None:
+        if not self.oldest_epoch <= epoch <= self.epoch:
+            raise NotMine("another epoch", self.epoch)
 
     def apply(self, parts: Sequence[ApplyPart]) -> None:
         for part in parts:

@@ -328,7 +328,7 @@ async def test_the_newer_stream_is_the_one_that_came_later_however_long_the_olde
 
 async def test_a_producer_id_used_for_other_events_counts_none_of_those_under_a_number_that_was_used() -> None:
     """A mistake of the producer's: whoever sends other batches needs another name."""
-    async with api_over_shards() as (api, _, _):
+    async with api_over_shards() as (api, cluster, _):
         for user in ("u1", "v1"):
             producer = Producer(api)
             producer.send(producer_id="p")
@@ -336,6 +336,8 @@ async def test_a_producer_id_used_for_other_events_counts_none_of_those_under_a_
                 producer.send(user, sequence=sequence)
             producer.end()
             assert (await producer.rest())[-1].sequence == 2
+            # A shard hears with what comes next to it how far the producer is.
+            await until(lambda: max(shard.acknowledged("p") for shard in cluster.shards.values()) == 2)
         assert await views(api, "u1") == 2
         with pytest.raises(NotFound):
             await views(api, "v1")

@@ -16,8 +16,9 @@ from profile_service.errors import InvalidArgument, Replaced, Unavailable
 from profile_service.shard import replication as replication_module
 from profile_service.shard import transfer as transfer_module
 from profile_service.shard.log_records import RECORD_BEGINNING, RECORD_EVENTS
-from profile_service.shard.replication import BUILDING, IN_SYNC, LOST, ReplicatedLog, Shipped
+from profile_service.shard.replication import ReplicatedLog, Shipped
 from profile_service.shard.replication_stream import decode, encode
+from profile_service.shard.reports import BUILDING, IN_SYNC, LOST
 from profile_service.shard.shard import Shard
 from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import CrashingFileSystem

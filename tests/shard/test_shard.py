@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from profile_service.cluster.partitioning import user_hash
 from profile_service.domain.schema import parse_schema
 from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, StorageFull, Unavailable
 from profile_service.shard.health import Health
@@ -185,7 +186,8 @@ async def test_a_batch_that_waited_through_a_change_of_owners_goes_back_whole() 
         await gate.waiting.wait()
         waiting = asyncio.create_task(shard.submit([part(["u1"], producer="p", sequence=2)], 100, 7))
         await asyncio.sleep(0)
-        shard.update_topology(8, range(256))
+        lost = next(n for n in range(256) if n != user_hash("u1") >> 56)
+        shard.update_topology(8, set(range(256)) - {lost})
         gate.open()
         await first
         with pytest.raises(NotMine, match="epoch 8"):
@@ -193,6 +195,26 @@ async def test_a_batch_that_waited_through_a_change_of_owners_goes_back_whole() 
         await shard.submit([part(["u1"], producer="p", sequence=2)], 100, 8)
         assert shard.status().event_count == 2
         assert shard.status().duplicate_count == 0
+
+
+async def test_what_was_routed_before_other_shards_changed_is_taken() -> None:
+    """Nobody else can have answered for these users since."""
+    async with running(owned=range(128)) as shard:
+        user = next(f"u{n}" for n in range(50) if user_hash(f"u{n}") >> 56 < 128)
+        shard.update_topology(8, range(128))
+        shard.update_topology(9, range(160))
+        await shard.submit([part([user], producer="p", sequence=1)], 100, 7)
+        assert shard.read([user], [], 7) == shard.read([user], [], 9)
+        for epoch in (6, 10):
+            with pytest.raises(NotMine, match="epoch 9"):
+                await shard.submit([part([user], producer="p", sequence=2)], 100, epoch)
+        shard.update_topology(10, range(159))
+        for epoch in (7, 9):
+            with pytest.raises(NotMine, match="epoch 10"):
+                await shard.submit([part([user], producer="p", sequence=2)], 100, epoch)
+            with pytest.raises(NotMine, match="epoch 10"):
+                shard.read([user], [], epoch)
+        assert shard.status().event_count == 1
 
 
 async def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:

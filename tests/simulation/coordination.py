@@ -54,9 +54,9 @@ from profile_service.shard import transfer as transfer_module
 from profile_service.shard.following import Following
 from profile_service.shard.health import Health
 from profile_service.shard.lease import Grant, Lease
-from profile_service.shard.moves import Departed
-from profile_service.shard.replication import IN_SYNC, ReplicatedLog, Shipped, Shipping
+from profile_service.shard.replication import ReplicatedLog, Shipped
 from profile_service.shard.replication_stream import decode, encode
+from profile_service.shard.reports import IN_SYNC, Departed, Shipping
 from profile_service.shard.shard import Shard
 from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import CrashingFileSystem
@@ -400,6 +400,9 @@ class _World:
         """The process has decided to acknowledge events of these users, sent by this epoch."""
         for partition in {partition_of(user) for user in users}:
             before = self.acknowledged.get(partition)
+            # What was sent by an earlier epoch is taken by who has been the owner ever since.
+            if before is not None and before[1] == process.address:
+                epoch = max(epoch, before[0])
             if before is not None and before[0] > epoch and process.shipping.replication not in self.handed_over:
                 raise Violation(f"partition {partition}: {process.address} acknowledges at {epoch}, after {before}")
             owner = self.owners_of_epoch.setdefault((partition, epoch), process.address)

@@ -59,8 +59,9 @@ class Frontend:
         self.applies = ApplyStream(0, outside.network.channel, self._lost, 1 << 20, lambda: EPOCH)
         self.applies.start()
 
-    async def _lost(self) -> None:
+    async def _lost(self) -> bool:
         await asyncio.sleep(self._outside.network.delay_s())
+        return False
 
     def put(
         self, lane: Lane, batch: Batch, sequence: int, acknowledged: int, events: Sequence[Event], arrival_ns: int

@@ -20,7 +20,8 @@ from profile_service.cluster.replicas import Replicas
 from profile_service.shard.dedupe import ProducerSequences
 from profile_service.shard.lease import Lease
 from profile_service.shard.moves import Moves
-from profile_service.shard.replication import IN_SYNC, _Replication
+from profile_service.shard.replication import _Replication
+from profile_service.shard.reports import IN_SYNC
 from profile_service.shard.transfer import Departure, Transfer
 from tests.simulation.campaign import explain, run_many, run_some
 from tests.simulation.coordination import run
