@@ -94,7 +94,7 @@ test: test-tools $(VENV)/.kernels-done  ## Run the tests, but for test-long: ARG
 	$(PYTHON) -m pytest $(PYTEST_FLAGS) -m "not long" $(ARGS)
 
 .PHONY: test-long
-test-long: test-tools host-tools $(VENV)/.kernels-done  ## Run what takes longer: ray up on hosts of its own, and long tests with Redis
+test-long: test-tools host-tools $(VENV)/.kernels-done  ## Run what takes longer: ray up on hosts of its own, long tests with Redis, the longer benchmarks
 	$(PYTHON) -m pytest $(PYTEST_FLAGS) -m long $(ARGS)
 
 .PHONY: check

@@ -53,13 +53,13 @@ def scale(
 
 
 def drain(
-    node: Annotated[str, typer.Argument(help="The node, as `status --json` names it.")],
+    node: Annotated[str, typer.Argument(help="The node's address, as `status` shows it, or its name.")],
     address: Address = DEFAULT_ADDRESS,
     as_json: Json = False,
 ) -> None:
     """Moves everything away from the shards of a node, and ends them: before maintenance.
 
-    Example:  profile-service drain 4f2a…
+    Example:  profile-service drain 10.0.0.7
     """
     from userprofile.v1 import admin_service_pb2 as admin
 

@@ -17,7 +17,7 @@ from profile_service.cluster.topology import ShardLocation
 from profile_service.config import Settings
 from profile_service.domain.layout import Layout
 from profile_service.domain.schema import Schema
-from profile_service.errors import DeadlineExceeded
+from profile_service.errors import DeadlineExceeded, InvalidArgument
 from profile_service.rpc.requests import parse
 from profile_service.shard.store_opening import shown_store
 from userprofile.internal.v1 import shard_pb2
@@ -132,7 +132,8 @@ class Admin:
     async def drain_node(self, request: bytes, deadline_s: float | None) -> bytes:
         """An encoded DrainNodeResponse, once no shard is there any more."""
         asked = parse(admin_service_pb2.DrainNodeRequest, request)
-        epoch, moved = await self._changed(self._changes.drain_node(asked.node), deadline_s)
+        node_id = _node_called(asked.node, await self._layout())
+        epoch, moved = await self._changed(self._changes.drain_node(node_id), deadline_s)
         return admin_service_pb2.DrainNodeResponse(epoch=epoch, moved=moved).SerializeToString()
 
     async def _changed(
@@ -260,3 +261,17 @@ def _describe(schema: Schema) -> admin_service_pb2.GetSchemaResponse:
             row_bytes=row_bytes,
         )
     return response
+
+
+def _node_called(called: str, layout: ServiceLayout) -> str:
+    """The id of the node that is called so: by its id, its name, or its address where it is the only one there. What
+    nobody is called is given back.
+
+    Raises:
+        InvalidArgument: several are.
+    """
+    found = [node for node in layout.nodes if called and called in (node.node_id, node.name, node.address)]
+    if len(found) > 1:
+        names = ", ".join(sorted(node.name for node in found))
+        raise InvalidArgument("node", f"several nodes are at {called}: name one of {names}")
+    return found[0].node_id if found else called

@@ -101,8 +101,10 @@ class ReplicatedLog:
         self._log.on_failure(failed)
 
     def check(self) -> None:
-        """As WriteAheadLog.check."""
+        """As WriteAheadLog.check. Raises Replaced where the standby has taken this process's place."""
         self._log.check()
+        if self._replication is not None:
+            self._replication.check()
 
     async def reserve(self, size_bytes: int, records: int) -> None:
         """As WriteAheadLog.reserve."""
@@ -238,10 +240,14 @@ class _Replication:
         until = self._put
         self._wanted.set()
         while self._durable < until and not self.is_over:
-            if self._replaced is not None:
-                raise self._replaced
+            self.check()
             # Each change has an event of its own, as several may wait.
             await self._changed.wait()
+
+    def check(self) -> None:
+        """Raises Replaced where the standby was promoted."""
+        if self._replaced is not None and not self.is_over:
+            raise self._replaced
 
     def complete(self) -> None:
         """The standby has everything; from now on nothing is acknowledged without it."""

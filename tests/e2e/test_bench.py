@@ -121,6 +121,7 @@ def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     assert all(one["seconds"] > 0 and one["bytes"] > 500 * 100 for one in result["snapshots"])
 
 
+@pytest.mark.long
 def test_scale_tells_the_waits_of_each_change_apart(tmp_path: Path) -> None:
     flags = ("--users", "500", "--rate", "2000", "--batch", "50", "--reads", "50", "--quiet-s", "1")
     result = bench("scale", tmp_path, *flags, "--shards", "1", "--shards", "2")
@@ -136,6 +137,7 @@ def test_scale_tells_the_waits_of_each_change_apart(tmp_path: Path) -> None:
     assert len(result["costs"]) == 2
 
 
+@pytest.mark.long
 def test_a_soak_keeps_exact_totals_and_tells_growth_and_drift(tmp_path: Path) -> None:
     flags = ("--minutes", "0.1", "--users", "500", "--batch", "100", "--share", "0.2", "--reads", "50")
     result = bench("soak", tmp_path, *flags, "--snapshot-interval-s", "1")
@@ -150,6 +152,7 @@ def test_a_soak_keeps_exact_totals_and_tells_growth_and_drift(tmp_path: Path) ->
     assert len(result["costs"]) == 3
 
 
+@pytest.mark.long
 def test_producers_without_restraint_are_slowed_and_not_served_with_growing_memory(tmp_path: Path) -> None:
     mib = 1 << 20
     windows = ("--stream-window-bytes", str(16 * mib), "--owner-window-bytes", str(4 * mib))
@@ -162,6 +165,7 @@ def test_producers_without_restraint_are_slowed_and_not_served_with_growing_memo
     assert result["events"] > 0
 
 
+@pytest.mark.long
 def test_memory_is_the_growth_of_processes_beside_peers(tmp_path: Path) -> None:
     flags = ("--users", "20000", "--service-users", "5000", "--peer-users", "5000", "--history", "2", "--batch", "500")
     result = bench("memory", tmp_path, *flags)
@@ -179,6 +183,7 @@ def test_memory_is_the_growth_of_processes_beside_peers(tmp_path: Path) -> None:
     assert [row["bound"] for row in result["costs"]] == ["1,200 bytes", "–"]
 
 
+@pytest.mark.long
 def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
     flags = ("--users", "200", "--users", "2000", "--events", "3000", "--batch", "500", "--rounds", "2")
     result = bench("growth", tmp_path, *flags, "--turn-s", "0.3")
@@ -197,6 +202,7 @@ def test_growth_measures_the_same_at_every_size(tmp_path: Path) -> None:
     assert len(result["costs"]) == 2
 
 
+@pytest.mark.long
 def test_stores_measures_a_place_and_keeps_all_of_it_when_its_shards_become_more(tmp_path: Path) -> None:
     flags = (
         "--events",

@@ -28,6 +28,7 @@ from tests.e2e.known_load import (
     write_schema,
 )
 from tests.e2e.serving import ServeProcess
+from tests.e2e.stores import STORES
 from tests.redis_process import RedisProcess
 
 A_FEW = (
@@ -151,7 +152,7 @@ class Victims:
 
 
 @pytest.mark.timeout(6 * 3600)
-@pytest.mark.parametrize("store", ["local", "redis"])
+@pytest.mark.parametrize("store", STORES)
 def test_every_event_is_counted_as_acknowledged_whoever_was_killed(
     request: pytest.FixtureRequest, seed: int, tmp_path: Path, tell: Callable[[str], None], store: str
 ) -> None:

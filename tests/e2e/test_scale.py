@@ -6,17 +6,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
 from profile_client import ProfileClient
 from tests.e2e.known_load import PATIENCE_S, KnownLoad, processes_named, status, until_serving, write_schema
+from tests.e2e.reading import Reader, owned
 from tests.e2e.serving import ServeProcess, run
 from tests.e2e.stores import STORES, stored_in
-from userprofile.v1 import admin_service_pb2, admin_service_pb2_grpc
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -34,56 +33,9 @@ def scaled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServeProc
         assert "Traceback" not in process.output, process.output
 
 
-def topology(address: str) -> admin_service_pb2.GetTopologyResponse:
-    with grpc.insecure_channel(address) as channel:
-        stub = admin_service_pb2_grpc.AdminServiceStub(channel)
-        return stub.GetTopology(admin_service_pb2.GetTopologyRequest(), timeout=10.0)
-
-
-def owned(address: str) -> dict[int, int]:
-    """By shard: how many partitions it owns."""
-    found = topology(address)
-    counts = {shard.shard_id: 0 for shard in found.shards}
-    for held in found.ranges:
-        counts[held.shard_id] += held.last_partition - held.first_partition + 1
-    return counts
-
-
 def command(service: ServeProcess, *arguments: str) -> None:
     done = run(*arguments, "--address", service.grpc_address)
     assert done.returncode == 0, done.stderr
-
-
-class Reader:
-    """Reads a profile after the other, and keeps every error."""
-
-    def __init__(self, address: str, user_of: Callable[[int], str]) -> None:
-        self._address = address
-        self._user_of = user_of
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reader")
-        self.errors: list[BaseException] = []
-        self.count = 0
-        self.longest_s = 0.0
-
-    def __enter__(self) -> Reader:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            with ProfileClient(self._address) as client:
-                while not self._stop.is_set():
-                    began = time.monotonic()
-                    client.batch_get_profiles([self._user_of(self.count + n) for n in range(4)])
-                    self.longest_s = max(self.longest_s, time.monotonic() - began)
-                    self.count += 4
-        except BaseException as error:  # noqa: BLE001  It is shown by the test.
-            self.errors.append(error)
 
 
 def test_scaling_under_load_loses_nothing_whoever_dies_and_no_caller_sees_an_error(

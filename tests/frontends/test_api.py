@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from google.protobuf.message import Message
 
+from profile_service.cluster.changes import Changed
+from profile_service.cluster.plan import Layout, NodeStanding
 from profile_service.config import Limits
 from profile_service.errors import InvalidArgument, NotFound, Unimplemented
 from profile_service.frontends.api import Api
@@ -152,3 +154,25 @@ async def test_what_is_not_served_yet_says_so(method: str) -> None:
             await api.call(PROFILES + method, b"", GRPC)
         with pytest.raises(Unimplemented, match="WatchProfile"):
             await anext(api.stream(PROFILES + "WatchProfile", b"", GRPC))
+
+
+async def test_a_node_is_drained_by_its_id_its_name_or_an_address_of_its_own() -> None:
+    async with api_over_shards() as (api, cluster, _):
+        drained: list[str] = []
+
+        async def drain_node(node: str) -> Changed:
+            drained.append(node)
+            return Changed(7)
+
+        async def layout() -> Layout:
+            places = (("n1", "id1", "10.0.0.1"), ("n2", "id2", "10.0.0.2"), ("n3", "id3", "10.0.0.2"))
+            return Layout(tuple(NodeStanding(name, node, address, "serving", ()) for name, node, address in places))
+
+        cluster.drain_node, cluster.layout = drain_node, layout  # type: ignore[method-assign]
+        for called in ("id1", "n1", "10.0.0.1", "n3", "nowhere"):
+            request = admin_service_pb2.DrainNodeRequest(node=called).SerializeToString()
+            await api.call("userprofile.v1.AdminService/DrainNode", request, GRPC)
+        assert drained == ["id1", "id1", "id1", "id3", "nowhere"]
+        request = admin_service_pb2.DrainNodeRequest(node="10.0.0.2").SerializeToString()
+        with pytest.raises(InvalidArgument, match="n2, n3"):
+            await api.call("userprofile.v1.AdminService/DrainNode", request, GRPC)

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import numpy as np
 import pytest
 
+from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.domain.population import Population
 from profile_service.domain.schema import parse_schema
 from profile_service.errors import InvalidArgument, Replaced, Unavailable
@@ -265,6 +266,24 @@ async def test_an_owner_whose_standby_was_promoted_acknowledges_nothing_and_ends
         found = read(standby, "u1")
         assert found is not None
         assert found.event_count == 1
+
+
+async def test_an_owner_whose_standby_was_promoted_ends_whatever_it_was_about_to_log() -> None:
+    async with AsyncExitStack() as stack:
+        standby = await stack.enter_async_context(running(owned=()))
+        owner = shards.make_shard(await shards.recovered(CrashingFileSystem(), SCHEMA))
+        writer = asyncio.ensure_future(owner.run())
+        await owner.submit([part(["u1"])], 100, 7)
+        begin(owner, standby)
+        await in_sync(owner)
+        await take_over(standby)
+        # Nobody sends events: it is a move that has something to log, and whoever asked for it hears an error.
+        left = partition_of(user_hash("u1"), 8)
+        owner.update_topology(8, set(range(256)) - {left})
+        with pytest.raises(Replaced):
+            await owner.moves.clean([left])
+        with pytest.raises(Replaced):
+            await asyncio.wait_for(writer, 10)
 
 
 async def test_only_the_replication_that_is_expected_is_taken_in_its_order() -> None:

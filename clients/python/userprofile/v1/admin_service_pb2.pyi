@@ -661,7 +661,7 @@ class DrainNodeRequest(google.protobuf.message.Message):
 
     NODE_FIELD_NUMBER: builtins.int
     node: builtins.str
-    """The node, as the topology names it."""
+    """The node, as the topology or the status names it, or its address where it is the only one there."""
     def __init__(
         self,
         *,
