@@ -31,6 +31,7 @@ from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallContext
 from profile_service.frontends.metrics import Metrics
 from profile_service.frontends.rest.app import build_app
+from profile_service.rpc.server import Server
 from profile_service.rpc.status import abort
 from profile_service.shard.store_opening import open_store
 from profile_service.wire.plan import WirePlan
@@ -217,7 +218,7 @@ class _HttpServer(uvicorn.Server):
 
 
 def _grpc_server(api: Api, servicer: health.aio.HealthServicer, settings: Settings) -> aio.Server:
-    server = aio.server(
+    server = Server(
         options=[
             ("grpc.max_receive_message_length", OVERSIZE_FACTOR * settings.limits.message_bytes),
             ("grpc.max_send_message_length", -1),

@@ -38,6 +38,7 @@ from profile_service.errors import (
     Unavailable,
 )
 from profile_service.rpc.query import Query
+from profile_service.rpc.server import Server
 from profile_service.rpc.status import abort, is_foreseen
 from profile_service.shard import replication_stream
 from profile_service.shard.direct import DirectIngest
@@ -137,7 +138,7 @@ class ShardServer:
         self._health = health
         self._window_bytes = settings.capacity.owner_window_bytes
         self._settings = settings
-        self._server = aio.server(
+        self._server = Server(
             options=[
                 ("grpc.max_receive_message_length", settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES),
                 ("grpc.max_send_message_length", -1),
