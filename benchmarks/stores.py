@@ -47,7 +47,14 @@ from benchmarks.processes import (
 )
 from benchmarks.producing import STREAM, check_totals, status
 from profile_service.cluster.partitioning import partition_of, user_hash
-from userprofile.v1 import event_service_pb2, event_service_pb2_grpc, profile_service_pb2, profile_service_pb2_grpc
+from userprofile.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    event_service_pb2,
+    event_service_pb2_grpc,
+    profile_service_pb2,
+    profile_service_pb2_grpc,
+)
 
 BYTES_PER_EVENT = 2_000
 """Room on disk for an event at most: Redis writes a row for it."""
@@ -56,6 +63,7 @@ PRODUCERS = 2
 WINDOW = 4
 PROBES_A_SECOND = 20.0
 _TIMEOUT_S = 60.0
+_SCALE_S = 600.0
 _PARTITION_BITS = 8
 
 
@@ -148,7 +156,7 @@ class _Bench:
         with ExitStack() as stack:
             if kind == "redis":
                 self._redis = stack.enter_context(RedisServer(cast("Persistence", how), self._directory))
-            with self._serving(options.shards, how) as child:
+            with self._serving(how) as child:
                 self._say("warming up")
                 self._fill(child)
                 self._build(options.batch, 0)
@@ -159,19 +167,20 @@ class _Bench:
                 found["recovery"] = self._recover(child)
                 users = asyncio.run(status(child.address)).user_count
                 check_totals(child.address, self._counted)
-            found["scaled"] = self._scaled(how, users)
+                found["scaled"] = self._scaled(child, users)
         return found
 
     def _say(self, what: str) -> None:
         self._console.print(f"{self._name}: {what}", highlight=False, style="dim")
 
     @contextmanager
-    def _serving(self, shards: int, how: str) -> Iterator[Child]:
+    def _serving(self, how: str) -> Iterator[Child]:
         where = (
             ["--store", self._redis.url]
             if self._redis is not None
-            else ["--data-dir", str(self._directory / f"{shards}-shards"), "--sync", how]
+            else ["--data-dir", str(self._directory / "data"), "--sync", how]
         )
+        shards = self._options.shards
         self._say(f"starting {shards} shards")
         with started(serve(SCHEMAS[PREFERENCES], "--shards", str(shards), *where)) as child:
             yield child
@@ -256,29 +265,32 @@ class _Bench:
         self._counted += 2
         return seconds
 
-    def _scaled(self, how: str, users: int) -> dict[str, Any]:
-        """The same with another number of shards. With a store that is a restart; without one the events come anew."""
-        options = self._options
-        counted = self._counted
+    def _scaled(self, child: Child, users: int) -> dict[str, Any]:
+        """The same service with another number of shards, which share the users while it serves."""
+        shards = self._options.scaled_shards
+        self._say(f"scaling to {shards} shards")
         began = time.monotonic()
-        with self._serving(options.scaled_shards, how) as child:
-            ready_s = time.monotonic() - began
-            if self._redis is None:
-                self._counted = 0
-                self._fill(child)
-                self._build(options.batch, 0)
-                self._round(child, 0)
-            else:
-                check_totals(child.address, counted, users)
-                self._build(options.batch, 2)
-            one = self._round(child, 1)
-            check_totals(child.address, self._counted)
-        return {**one, "restart_s": ready_s, "kept": self._redis is not None}
+        moved = asyncio.run(_scale(child.address, shards))
+        seconds = time.monotonic() - began
+        check_totals(child.address, self._counted, users)
+        self._build(self._options.batch, 2)
+        one = self._round(child, 1)
+        check_totals(child.address, self._counted)
+        return {**one, "scale_s": seconds, "rows": moved.row_count, "bytes": moved.byte_count}
 
 
 def _quantiles(latencies: Latencies) -> dict[str, float]:
     found = latencies.quantiles_ms()
     return {name: found[name] for name in ("p50", "p99")}
+
+
+async def _scale(address: str, shards: int) -> admin_service_pb2.MovedState:
+    """Returns what was moved, when there are so many."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        admin: Any = admin_service_pb2_grpc.AdminServiceStub(channel)
+        answer = await admin.ScaleShards(admin_service_pb2.ScaleShardsRequest(shard_count=shards), timeout=_SCALE_S)
+        moved: admin_service_pb2.MovedState = answer.moved
+        return moved
 
 
 async def _freshness(address: str, probes: int) -> list[float]:
@@ -389,7 +401,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_row(
         f"from {result['shards']} to {scaled} shards",
         *(
-            f"restart, {found['scaled']['restart_s']:.1f} s" if found["scaled"]["kept"] else "events come anew"
+            f"{found['scaled']['scale_s']:.1f} s, {found['scaled']['bytes'] / 1e6:,.0f} MB"
             for found in result["stores"].values()
         ),
     )

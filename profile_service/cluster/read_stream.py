@@ -4,7 +4,6 @@ the callers ask again, for reading changes nothing."""
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,18 +21,6 @@ USERS_PER_MESSAGE = 256
 GATHERED_USERS = 32
 """A question about more users than these is worth a message of its own, and does not wait for the answer to another.
 The others gather while a message of theirs is on its way: the more are asked, the more travel together."""
-
-ENOUGH = 12
-"""A message costs as much as so many questions in it. Until so many wait, questions gather while the loop has other
-work,"""
-GATHER_S = 0.004
-"""but no longer than this,"""
-ALONE_S = 0.0015
-"""and only while others come: not so long after the last one."""
-IDLE_S = 0.0001
-"""The loop has no other work when it had none for so long."""
-IDLE_TURN_S = 0.00002
-"""A turn of the loop that takes longer had work to do."""
 
 MOST_WAITING = 10_000
 """Questions that may wait for one shard."""
@@ -88,22 +75,6 @@ class ReadStream(OwnerStream):
         self._queue.append(question)
         self._wake.set()
         return await question.answer
-
-    async def _gather(self) -> None:
-        # gRPC hands out one call after the other, so that calls which have all arrived come in over many turns. Timers
-        # count in milliseconds, so turns are what shows that no more come.
-        began_s = newest_s = now_s = time.perf_counter()
-        idle_s = 0.0
-        waiting = 0
-        while self._queue and self._queue[0].users <= GATHERED_USERS and len(self._queue) < ENOUGH:
-            if len(self._queue) > waiting:
-                waiting, newest_s = len(self._queue), now_s
-            if idle_s >= IDLE_S or now_s - newest_s >= ALONE_S or now_s - began_s >= GATHER_S:
-                break
-            before_s = now_s
-            await asyncio.sleep(0)
-            now_s = time.perf_counter()
-            idle_s = idle_s + now_s - before_s if now_s - before_s < IDLE_TURN_S else 0.0
 
     def _next_message(self) -> bytes | None:
         questions: list[_Question] = []
