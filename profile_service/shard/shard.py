@@ -442,7 +442,8 @@ class Shard:
         for submission in group:
             if (parts := self._check(submission)) is not None:
                 checked.append((submission, parts))
-            events += sum(part.event_count for part in submission.parts)
+            for part in submission.parts:
+                events += part.event_count
             if events >= SLICE_EVENTS:
                 events = 0
                 await asyncio.sleep(0)

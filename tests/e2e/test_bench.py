@@ -85,6 +85,7 @@ def test_reads_are_measured_beside_an_echo_and_a_peer(tmp_path: Path) -> None:
     assert len(result["costs"]) == 5
 
 
+@pytest.mark.long
 def test_mixed_work_shows_how_soon_events_are_readable_and_what_each_side_leaves_the_other(tmp_path: Path) -> None:
     flags = ("--users", "500", "--batch", "100", "--share", "0.2", "--reads", "50", "--probes", "20", "--at-once", "8")
     result = bench("mixed", tmp_path, *flags, "--steady-s", "1")
@@ -104,6 +105,7 @@ def test_mixed_work_shows_how_soon_events_are_readable_and_what_each_side_leaves
     assert [row["bound"] for row in result["costs"]] == ["10 ms", "–", "–"]
 
 
+@pytest.mark.long
 def test_snapshot_tells_acknowledgements_apart(tmp_path: Path) -> None:
     flags = ("--users", "500", "--rate", "5000", "--batch", "50", "--quiet-s", "1", "--rounds", "2")
     result = bench("snapshot", tmp_path, *flags)

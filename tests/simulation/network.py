@@ -44,7 +44,7 @@ class Network:
     def serve(self, shard: Any, settings: Settings, health: Health, context: contextvars.Context) -> ShardServer:
         """A shard's server as this network's only one; what it does, it does in `context`."""
         recorder = _Recorder()
-        with mock.patch("profile_service.shard.service.aio.server", return_value=recorder):
+        with mock.patch("profile_service.shard.service.Server", return_value=recorder):
             server = ShardServer(shard, settings, health)
         self._methods, self._context = recorder.methods, context
         return server
