@@ -226,11 +226,24 @@ class Mover:
                     "partitions %s stay at shard %d: %s", list(move.partitions), move.source_id, reason_of(error)
                 )
                 if attempt + 1 == MOST_ATTEMPTS:
+                    await self._give_up()
                     reason = f"partitions {list(move.partitions)} cannot move: {reason_of(error)}"
                     raise Unavailable(reason, RETRY_S) from None
             await asyncio.sleep(RETRY_S)
         self.moved.partitions += len(move.partitions)
         await self._clean()
+
+    async def _give_up(self) -> None:
+        """No end of a move waits for the other any more: what has arrived can be cleaned away."""
+        coordinator = self._coordinator
+        async with coordinator.changing:
+            await self._as_before(coordinator.topology.epoch)
+
+    async def _as_before(self, epoch: int) -> None:
+        """The same owners, one epoch later: whatever was begun by an earlier one has ended. The caller holds
+        `changing`."""
+        coordinator = self._coordinator
+        await coordinator.install(replace(coordinator.topology, epoch=epoch + 1), coordinator.ownership)
 
     async def _attempt(self, move: Move) -> None:
         coordinator = self._coordinator
@@ -250,8 +263,7 @@ class Mover:
                     departed = await source.finish(move_id)
             except BaseException:
                 # The source may take no more writes: it does again from another epoch on.
-                same = replace(coordinator.topology, epoch=coordinator.topology.epoch + 1)
-                await coordinator.install(same, coordinator.ownership)
+                await self._as_before(coordinator.topology.epoch)
                 raise
             owned = coordinator.topology.with_owner(move.partitions, move.target_id)
             moved = coordinator.ownership.moved(move.partitions, move.source_id, move.target_id)
@@ -264,8 +276,7 @@ class Mover:
         try:
             await self._coordinator.install(topology, ownership, first)
         except DiskFull:
-            same = replace(self._coordinator.topology, epoch=topology.epoch + 1)
-            await self._coordinator.install(same, self._coordinator.ownership)
+            await self._as_before(topology.epoch)
             raise
         except OSError as error:
             raise Undecided(str(error)) from error
