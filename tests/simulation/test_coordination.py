@@ -29,7 +29,7 @@ from tests.simulation.coordination import run
 RUNS = 20
 SHOWN = 2
 
-MOST_RUNS = 150
+MOST_RUNS = 500
 """A bug that so many runs do not find is one that the simulation does not find."""
 
 REACHED = (
