@@ -402,7 +402,16 @@ class Shard:
         try:
             if not await self._settle(group):
                 return
-            checked = await self._check_all(group)
+            checked, events = [], 0
+            for submission in group:
+                if (parts := self._check(submission)) is not None:
+                    checked.append((submission, parts))
+                for part in submission.parts:
+                    events += part.event_count
+                if events >= SLICE_EVENTS:
+                    # Decoding a large group takes long.
+                    events = 0
+                    await asyncio.sleep(0)
             if checked and await self._make_room_for(checked):
                 applicable = [
                     (submission, [work for part in parts if (work := self._append(part)) is not None])
@@ -435,19 +444,6 @@ class Shard:
             _fail(submission, Unavailable(f"shard {self.shard_id} lost its lease meanwhile", retry_after_s=0.1))
         elif not submission.done.done():
             submission.done.set_result(None)
-
-    async def _check_all(self, group: Sequence[_Submission]) -> list[tuple[_Submission, list[_Checked]]]:
-        """Those that were not refused. The loop may turn in between: decoding a large group takes long."""
-        checked, events = [], 0
-        for submission in group:
-            if (parts := self._check(submission)) is not None:
-                checked.append((submission, parts))
-            for part in submission.parts:
-                events += part.event_count
-            if events >= SLICE_EVENTS:
-                events = 0
-                await asyncio.sleep(0)
-        return checked
 
     def _check(self, submission: _Submission) -> list[_Checked] | None:
         """Decodes the submission's parts; None if it was refused whole."""

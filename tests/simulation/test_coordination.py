@@ -29,8 +29,11 @@ from tests.simulation.coordination import run
 RUNS = 20
 SHOWN = 2
 
-MOST_RUNS = 500
+MOST_RUNS = 150
 """A bug that so many runs do not find is one that the simulation does not find."""
+
+RARE_RUNS = 500
+"""For one that shows in one run of fifty: only where a shard restarts while its standby is in sync."""
 
 REACHED = (
     "batches of several owners",
@@ -197,5 +200,6 @@ def test_a_planted_bug_is_found(plant: Plant, seed: int) -> None:
         for patch in plant():
             stack.enter_context(patch)
         planted = functools.partial(run, standbys=plant in WITH_STANDBYS)
-        summary = run_some(seed * MOST_RUNS, MOST_RUNS, until_fault=True, run=planted)
-    assert summary.faults, f"{summary.runs} runs from seed {seed * MOST_RUNS} on have not found it"
+        runs = RARE_RUNS if plant is count_on_the_standby_of_an_owner_before else MOST_RUNS
+        summary = run_some(seed * runs, runs, until_fault=True, run=planted)
+    assert summary.faults, f"{summary.runs} runs from seed {seed * runs} on have not found it"
