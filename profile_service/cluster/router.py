@@ -74,6 +74,8 @@ class Router:
         self._capacity = capacity
         self._topology: Topology | None = None
         self._links: dict[int, ShardLink] = {}
+        self._leaving: list[ShardLink] = []
+        """To shards that are no more, until they have answered."""
         self._by_position: list[ShardLink] = []
         self._owners: NDArray[np.int32] = np.zeros(0, dtype=np.int32)
         self._refreshing: asyncio.Task[bool] | None = None
@@ -120,7 +122,7 @@ class Router:
         for task in (self._refreshing, self._settling):
             if task is not None:
                 task.cancel()
-        for link in self._links.values():
+        for link in (*self._links.values(), *self._leaving):
             await link.close()
             link.applies.fail_all(Unavailable("the frontend shuts down", retry_after_s=1.0))
 
@@ -369,20 +371,19 @@ class Router:
             elif link not in losing:
                 await link.move(location)
             links[location.shard_id] = link
-        leaving = [link for shard_id, link in self._links.items() if shard_id not in links]
+        self._leaving = [link for shard_id, link in self._links.items() if shard_id not in links]
         self._topology = topology
         self._links = links
         self._by_position = [links[location.shard_id] for location in topology.shards]
         self._owners = topology.owner_table()
         self._started.set()
-        self._settling = asyncio.create_task(self._settle(topology, losing, answered, leaving))
+        self._settling = asyncio.create_task(self._settle(topology, losing, answered))
 
     async def _settle(
         self,
         topology: Topology,
         losing: Sequence[ShardLink],
         answered: Sequence[Awaitable[object]],
-        leaving: Sequence[ShardLink],
     ) -> None:
         await asyncio.gather(*answered)
         for part in parts_in_order(link.applies for link in losing):
@@ -393,8 +394,8 @@ class Router:
                 await link.move(location)
                 link.applies.resume()
         self._stable.set()
-        for link in leaving:
-            await link.close()
+        while self._leaving:
+            await self._leaving.pop().close()
 
     def _put(self, link: ShardLink, batch: Batch, part: ApplyPart) -> None:
         self._last_serial += 1
