@@ -3,17 +3,22 @@
     directory ─▶ each shard is recovered ─▶ packed rows, sums, producers, requests, event ids ─▶ store
     store ─▶ each shard's share is put into an empty state ─▶ a snapshot of it ─▶ directory
 
-Afterwards both sides are read anew, as whoever starts on them would read them, and compared: users, events, and a
-digest over every user's id and packed row. A target is marked as unfinished until that is done; one that was
-interrupted is begun again.
+The source is tallied as it is sent: users, events, and a digest over every user's id and packed row, in whatever order.
+Afterwards the target is read anew, as whoever starts on it would read it, and its tally has to be the same. What makes
+events count once is in neither tally. In a store rows expire meanwhile: those whose time comes before both are read are
+left out of both, each by what its own bytes say.
+
+A target is marked as unfinished until that is done. One that was interrupted is begun again: what is left of it is
+removed first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import struct
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +33,8 @@ from profile_service.cluster.store_lease import StoreLease
 from profile_service.config import Capacity
 from profile_service.domain.decay import NS
 from profile_service.domain.index import ByteIndex
-from profile_service.domain.layout import LAST_RECEIVED
-from profile_service.domain.packing import Packing, pack_rows
+from profile_service.domain.layout import LAST_RECEIVED, Layout
+from profile_service.domain.packing import HEAD_BYTES, Packing, pack_rows
 from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema, parse_schema
 from profile_service.errors import DataLoss, StartupError
@@ -53,27 +58,68 @@ UNFINISHED_SUFFIX = ".migrating"
 TIMEOUT_S = 60.0
 """How long the store may take for an answer: nobody waits behind it, and to give up costs all that was sent."""
 
+EXPIRY_STEP_NS = 60 * NS
+"""Rows are tallied by when they expire, in steps of this: a few ten thousand of them for a TTL of weeks."""
+FOR_EVER = 1 << 62
+"""The step of rows that do not expire."""
+
 Progress = Callable[[str, int, int], None]
-"""Hears what is being done, how many users are done, and how many there are; 0 where that is not known."""
+"""Hears what is being done, to how many (users, or keys that are removed), and how many there are; 0 where that is not
+known."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tally:
-    """What one side holds."""
+    """What both sides have to hold alike."""
 
     users: int = 0
     events: int = 0
     digest: int = 0
     """The sum of the hashes of every user's id and packed row: their order does not matter."""
-
-    def add(self, user_ids: Sequence[bytes], rows: Sequence[bytes]) -> None:
-        """Takes in some rows."""
-        self.users += len(rows)
-        hashes = (xxhash.xxh64_intdigest(row, xxhash.xxh32_intdigest(u)) for u, row in zip(user_ids, rows, strict=True))
-        self.digest = (self.digest + sum(hashes)) % (1 << 64)
+    expiring: int = field(default=0, compare=False)
+    """Users beside these, whose time is up about now."""
 
     def __str__(self) -> str:
-        return f"{self.users:,} users, {self.events:,} events, digest {self.digest:016x}"
+        left_out = f", and {self.expiring:,} whose time is up" if self.expiring else ""
+        return f"{self.users:,} users, {self.events:,} events, digest {self.digest:016x}{left_out}"
+
+
+class Tallying:
+    """What one side holds, by when it expires: what is to be left out is known only when both sides are read."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.users = 0
+        self.events = 0
+        self._ttl_ns = _ttl_ns(schema)
+        self._heard_at = HEAD_BYTES + 8 * (Layout.compile(schema).counts["f8"] + LAST_RECEIVED)
+        self._steps: dict[int, tuple[int, int]] = {}
+        """Users and sum of hashes, by step."""
+
+    def add(self, user_ids: Sequence[bytes], rows: Sequence[bytes]) -> None:
+        """Takes in some packed rows."""
+        self.users += len(rows)
+        for user_id, row in zip(user_ids, rows, strict=True):
+            step = FOR_EVER if self._ttl_ns is None else self._expiry_ns(row) // EXPIRY_STEP_NS
+            users, digest = self._steps.get(step, (0, 0))
+            self._steps[step] = users + 1, digest + xxhash.xxh64_intdigest(row, xxhash.xxh32_intdigest(user_id))
+
+    def _expiry_ns(self, row: bytes) -> int:
+        (heard_ns,) = struct.unpack_from("<q", row, self._heard_at)
+        return int(heard_ns) + (self._ttl_ns or 0)
+
+    def whole(self) -> Tally:
+        """Of every row."""
+        return self._since(0)
+
+    def lasting(self, now_ns: int) -> Tally:
+        """Of the rows that were in a store all the time until now. A step more is left out: the store's clock may have
+        been set meanwhile."""
+        return self._since(now_ns // EXPIRY_STEP_NS + 2)
+
+    def _since(self, first: int) -> Tally:
+        kept = [held for step, held in self._steps.items() if step >= first]
+        users, digest = sum(held[0] for held in kept), sum(held[1] for held in kept)
+        return Tally(users, self.events, digest % (1 << 64), self.users - users)
 
 
 async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
@@ -90,9 +136,11 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
         try:
             schema = _schema_of(directory)
             meta = meta_of(schema, directory.manifest.partition_bits)
-            await store.begin_import(meta)
+            await store.begin_import(
+                meta, lambda keys: progress("removing keys of the attempt that was interrupted", keys, 0)
+            )
             store.for_partitions(meta.partition_bits)
-            sent = Tally()
+            sent = Tallying(schema)
             ownership = _settled_ownership(directory)
             for shard_id in ownership.shard_ids:
                 async with _recovered(directory, shard_id, schema) as recovered:
@@ -101,7 +149,9 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
                     await _send_rest(store, schema, recovered.state, owned)
                     sent.events += recovered.state.event_count
             await store.raise_epoch(directory.epoch())
-            _compare(sent, await _tally_store(store, schema, sent.users, progress))
+            arrived = await _tally_store(store, schema, sent.users, progress)
+            read_ns = system_clock()
+            compared = _compare(sent.lasting(read_ns), arrived.lasting(read_ns))
             await store.finish_import()
         finally:
             lease.release()
@@ -110,7 +160,7 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
     finally:
         directory.release()
         await store.close()
-    return sent
+    return compared
 
 
 async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progress) -> Tally:
@@ -139,7 +189,7 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
             try:
                 directory.write_schema(text)
                 directory.write_epoch(await store.epoch())
-                read = Tally()
+                read = Tallying(schema)
                 known = await _read_known(store, schema)
                 for shard_id in range(shards):
                     async with _recovered(directory, shard_id, schema) as recovered:
@@ -147,7 +197,9 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
                         await _fill(recovered.state, store, schema, known, owned, read, progress)
                         read.events += recovered.state.event_count
                         await _snapshot(recovered)
-                _compare(read, await _tally_directory(directory, schema, read.users, progress))
+                # Files forget nobody while no service runs on them.
+                written = await _tally_directory(directory, schema, read.users, progress)
+                compared = _compare(read.whole(), written.whole())
             finally:
                 directory.release()
             await asyncio.to_thread(unfinished.rename, path)
@@ -157,7 +209,7 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
         raise StartupError(fault.message) from None
     finally:
         await store.close()
-    return read
+    return compared
 
 
 def _open(path: Path) -> DataDirectory:
@@ -237,13 +289,14 @@ def _packed(schema: Schema, state: ShardState) -> Iterator[tuple[list[bytes], li
         yield ids, pack_rows(packing, table.rows, chosen, table.texts), heard
 
 
-async def _send_rows(store: RedisStore, schema: Schema, state: ShardState, sent: Tally, progress: Progress) -> None:
-    total, now_ns = sent.users + len(state.table), system_clock()
-    for ids, rows, heard in _packed(schema, state):
+async def _send_rows(store: RedisStore, schema: Schema, state: ShardState, sent: Tallying, progress: Progress) -> None:
+    total, ttl_ns = sent.users + len(state.table), _ttl_ns(schema)
+    for ids, rows, heard_ns in _packed(schema, state):
         left = np.zeros(len(ids), np.int64)
         kept = np.ones(len(ids), np.bool_)
-        if schema.ttl_s is not None:
-            left = (heard - now_ns) // 1_000_000 + int(schema.ttl_s * 1000)
+        if ttl_ns is not None:
+            # Rounded up: a row is there until its time has come, whenever it is sent.
+            left = -((system_clock() - ttl_ns - heard_ns) // 1_000_000)
             kept = left > 0
         places = np.flatnonzero(kept).tolist()
         by_group: dict[int, list[int]] = {}
@@ -262,7 +315,7 @@ async def _send_rows(store: RedisStore, schema: Schema, state: ShardState, sent:
             )
         )
         sent.add([ids[place] for place in places], [rows[place] for place in places])
-        progress("sending", sent.users, total)
+        progress("sending users", sent.users, total)
 
 
 async def _send_rest(store: RedisStore, schema: Schema, state: ShardState, owned: Sequence[int]) -> None:
@@ -295,15 +348,24 @@ async def _send_rest(store: RedisStore, schema: Schema, state: ShardState, owned
             await store.put_carried(encode_event_ids(copied, times), int(capacity.event_id_window_s * 1000))
 
 
-async def _tally_store(store: RedisStore, schema: Schema, users: int, progress: Progress) -> Tally:
-    tally = Tally()
+async def _tally_store(store: RedisStore, schema: Schema, users: int, progress: Progress) -> Tallying:
+    tally = Tallying(schema)
     for group in range(store.keys.groups):
-        async for piece in stored_rows(store, schema, group):
-            tally.add(piece.user_ids, piece.rows)
-            progress("checking", tally.users, users)
+        async for ids, rows in _rows_once(store, schema, group):
+            tally.add(ids, rows)
+            progress("checking users", tally.users, users)
         for packed in (await store.read_population(group, schema.fingerprint)).values():
             tally.events += _events_of(schema, packed)
     return tally
+
+
+async def _rows_once(store: RedisStore, schema: Schema, group: int) -> AsyncIterator[tuple[list[bytes], list[bytes]]]:
+    """All users of a group and their rows, in pieces. A scan may name one again much later, when keys go meanwhile."""
+    seen: set[bytes] = set()
+    async for piece in stored_rows(store, schema, group):
+        new = [place for place, user_id in enumerate(piece.user_ids) if user_id not in seen]
+        seen.update(piece.user_ids)
+        yield [piece.user_ids[place] for place in new], [piece.rows[place] for place in new]
 
 
 # --- into a directory ---
@@ -353,18 +415,18 @@ async def _fill(
     schema: Schema,
     known: _Known,
     owned: Sequence[int],
-    read: Tally,
+    read: Tallying,
     progress: Progress,
 ) -> None:
     """Puts a shard's share into its empty state."""
     mine = set(owned)
     for group in sorted({store.keys.group_of(p) for p in owned}):
-        async for piece in stored_rows(store, schema, group):
-            places = [n for n, user_id in enumerate(piece.user_ids) if _partition_of(store, user_id) in mine]
-            ids, rows = [piece.user_ids[n] for n in places], [piece.rows[n] for n in places]
+        async for found_ids, found_rows in _rows_once(store, schema, group):
+            places = [n for n, user_id in enumerate(found_ids) if _partition_of(store, user_id) in mine]
+            ids, rows = [found_ids[n] for n in places], [found_rows[n] for n in places]
             load_packed(state.table, ids, rows)
             read.add(ids, rows)
-            progress("reading", read.users, 0)
+            progress("reading users", read.users, 0)
     for segment, packed in known.population.items():
         if segment in mine:
             part = PopulationRow(schema)
@@ -404,20 +466,25 @@ async def _snapshot(recovered: Recovered) -> None:
     await snapshotter.close()
 
 
-async def _tally_directory(directory: DataDirectory, schema: Schema, users: int, progress: Progress) -> Tally:
-    tally = Tally()
+async def _tally_directory(directory: DataDirectory, schema: Schema, users: int, progress: Progress) -> Tallying:
+    tally = Tallying(schema)
     for shard_id in directory.shard_ids():
         async with _recovered(directory, shard_id, schema) as recovered:
             for ids, rows, _ in _packed(schema, recovered.state):
                 tally.add(ids, rows)
-                progress("checking", tally.users, users)
+                progress("checking users", tally.users, users)
             tally.events += recovered.state.event_count
     return tally
 
 
-def _compare(sent: Tally, arrived: Tally) -> None:
+def _compare(sent: Tally, arrived: Tally) -> Tally:
     if sent != arrived:
         raise DataLoss(f"what has arrived ({arrived}) is not what was sent ({sent}); the target is not to be used")
+    return sent
+
+
+def _ttl_ns(schema: Schema) -> int | None:
+    return None if schema.ttl_s is None else int(schema.ttl_s * NS)
 
 
 def _events_of(schema: Schema, packed: bytes) -> int:

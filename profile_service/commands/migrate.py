@@ -19,7 +19,8 @@ def migrate(
     """Takes everything that a service knows from its data directory to a Redis or Valkey, or back: profiles, counters,
     and what makes events count once. The source stays as it is. No service may run on either.
 
-    At the end the target is read anew and compared with the source, row by row.
+    At the end the target is read anew: its users, events, and a digest over all its rows have to be those of what was
+    sent. Run it again after an interruption: it begins anew.
 
     Example:  profile-service migrate ./profiles redis://localhost:6379/0
     """
@@ -43,7 +44,7 @@ def migrate(
         task = bar.add_task("starting", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{what} users", completed=done, total=total or None)
+            bar.update(task, description=what, completed=done, total=total or None)
 
         if "://" in source:
             moving = to_directory(StoreUrl.parse(source), Path(target), shards or default_shards(), progress)
@@ -52,7 +53,7 @@ def migrate(
         tally = asyncio.run(moving)
     seconds = time.monotonic() - began
     if as_json:
-        said = {"users": tally.users, "events": tally.events, "digest": f"{tally.digest:016x}", "seconds": seconds}
-        print(json.dumps(said))
+        said = {"users": tally.users, "events": tally.events, "digest": f"{tally.digest:016x}"}
+        print(json.dumps({**said, "expiring": tally.expiring, "seconds": seconds}))
     else:
         stdout().print(f"{tally}: the same on both sides, in {seconds:.1f} s", highlight=False)

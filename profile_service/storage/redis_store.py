@@ -12,7 +12,7 @@ runs as one step.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -28,7 +28,7 @@ from profile_service.storage.redis_client import (
     StoreFault,
     StoreUrl,
 )
-from profile_service.storage.redis_keys import Keys
+from profile_service.storage.redis_keys import GROUPS, Keys
 
 UNFINISHED = "unfinished"
 """Field of the meta of a store that is being filled from elsewhere."""
@@ -155,21 +155,47 @@ class RedisStore:
                 await self.add_schema(fingerprint, text, meta.layouts[fingerprint])
         return bool(made)
 
-    async def begin_import(self, meta: Meta) -> None:
-        """Makes a store that nobody may use before `finish_import`. Raises StartupError where there is one."""
+    async def begin_import(self, meta: Meta, progress: Callable[[int], None] = lambda keys: None) -> None:
+        """Makes a store that nobody may use before `finish_import`. Of an import that was interrupted nothing stays:
+        its source may have changed since. `progress` hears how many keys were removed.
+
+        Raises StartupError where there is a store that is not such an import.
+        """
         held = await self._client.call("HGETALL", self.keys.meta)
-        if held and UNFINISHED.encode() not in held:
+        interrupted = UNFINISHED.encode() in held
+        if b"format" in held and not interrupted:
             raise StartupError(f"{self.url.shown} holds profiles already; give another prefix, or remove its keys")
-        await self._client.call("HSET", self.keys.meta, UNFINISHED, 1, "id", meta.store_id, "format", FORMAT)
+        if await self._was_owned():
+            raise StartupError(
+                f"{self.url.shown} was served, and has lost its meta; give another prefix, or remove its keys"
+            )
+        await self._client.call("HSET", self.keys.meta, UNFINISHED, 1)
+        if interrupted:
+            await self._remove_import(progress)
+        if others := [name for name in held if name != UNFINISHED.encode()]:
+            await self._client.call("HDEL", self.keys.meta, *others)
+        await self._client.call("HSET", self.keys.meta, "id", meta.store_id, "format", FORMAT)
         await self._client.call("HSET", self.keys.meta, "partition_bits", meta.partition_bits)
         for fingerprint, text in meta.schemas.items():
             await self.add_schema(fingerprint, text, meta.layouts[fingerprint])
-        # Of an import that was interrupted; rows are written over.
-        keys = Keys(self.url.prefix, meta.partition_bits)
-        for group in range(keys.groups):
-            for name in ("counters", "requests"):
-                await self._client.call("UNLINK", keys.of_group(group, name))
-        await self._client.call("UNLINK", keys.carried_event_ids)
+
+    async def _was_owned(self) -> bool:
+        """Whether shards have ever written here; an import never makes an owner."""
+        found = [await self._client.call("EXISTS", self.keys.of_group(group, "owners")) for group in range(GROUPS)]
+        return any(found)
+
+    async def _remove_import(self, progress: Callable[[int], None]) -> None:
+        """Removes all that an import has written, but for the meta."""
+        removed = 0
+        # Whatever number of partitions it had.
+        for group in range(GROUPS):
+            # Braces are in no prefix, so this is where no other store's keys begin.
+            before = self.keys.of_group(group, "")
+            async for found in self._client.scan(before):
+                removed += await self._client.call("UNLINK", *(before + rest for rest in found))
+                progress(removed)
+        for key in (self.keys.carried_event_ids, self.keys.epoch):
+            await self._client.call("UNLINK", key)
 
     async def finish_import(self) -> None:
         """From now on it may be used."""
