@@ -11,8 +11,10 @@ themselves. What is staged refers to the texts of one table, and is brought over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,13 @@ class Stage:
         return len(self.users.key)
 
 
+class Moment(NamedTuple):
+    """When something was asked for, in what has befallen the cache."""
+
+    clears: int
+    generation: int
+
+
 class RowCache:
     """Rows by user.
 
@@ -56,8 +65,8 @@ class RowCache:
         self._set_table(self._new_table())
         self.packing = Packing.of(self.table.layout)
         self.generation = 0
-        self.pinned = False
-        """Whether the table stays as long as it has room, however many rows it has."""
+        self._clears = 0
+        self._pins = 0
 
     def _new_table(self) -> ProfileTable:
         most_users = self._turn_users + self._most_run_users
@@ -85,13 +94,35 @@ class RowCache:
         """Forgets everything, the population too."""
         self._old = None
         self._set_table(self._new_table())
-        self.generation += 1
+        self._clears += 1
 
-    def make_room(self, events: int, size_bytes: int) -> None:
-        """Makes sure that so many events fit, whatever their users' stored rows hold."""
+    @property
+    def moment(self) -> Moment:
+        """Now."""
+        return Moment(self._clears, self.generation)
+
+    def may_have_forgotten(self, asked: Moment) -> bool:
+        """Whether a row may have been here since that moment, and be gone: then what the store was asked for at that
+        moment may be older. One turn keeps what was here, a clear keeps nothing."""
+        return self._clears != asked.clears or self.generation > asked.generation + 1
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Meanwhile the table stays as long as it has room, however many rows it has."""
+        self._pins += 1
+        try:
+            yield
+        finally:
+            self._pins -= 1
+
+    def make_room(self, events: int, size_bytes: int) -> bool:
+        """Makes sure that so many events fit, whatever their users' stored rows hold; returns whether the table has
+        turned for it."""
         fits = self.table.has_room(events, size_bytes)
-        if not fits or (len(self.table) >= self._turn_users and not self.pinned):
+        turns = not fits or (len(self.table) >= self._turn_users and not self._pins)
+        if turns:
             self.turn()
+        return turns
 
     def holds(self, stage: Stage) -> bool:
         """Whether the stage's rows refer to the texts of the table of now."""

@@ -18,6 +18,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 
 import numpy as np
@@ -56,6 +57,9 @@ MOST_RUN_USERS = 1 << 21
 SLICE_EVENTS = 2048
 """Events counted before the loop may turn."""
 
+MOST_ASKED = 16
+"""How often rows are asked for at most, when claims or turns of the cache come between question and answer."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,7 +89,7 @@ class StoredState(Admission):
         self.schema = schema
         self.remark = ""
         self.position = 0
-        """Runs that were written."""
+        """Parts that were stored, in the order in which they were appended, also by a `sync` that then failed."""
         self.size_bytes = 0
         self.sync_mode = sync_mode
         self._store = store
@@ -135,17 +139,29 @@ class StoredState(Admission):
             raise self._interrupted(fault) from fault
 
     async def bring(self, user_ids: Sequence[str], producer_ids: Collection[str]) -> None:
-        """Returns when the users' rows are in the table, as far as they have any. Raises Unavailable."""
+        """Returns when the users' rows are in the table, as far as they have any, until the loop turns next.
+
+        Raises:
+            Unavailable: the store does not answer, or the partitions are not taken over yet.
+            DataLoss: a row is damaged.
+        """
         users = Strings.join([user_id.encode() for user_id in user_ids])
-        if not self._groups or not self._owned[(users.key >> self._shift).astype(np.int64)].all():
-            raise Unavailable("the shard has not taken its partitions over yet", retry_after_s=0.1)
+        owned = self._owned
+        self._check_taken(users)
         try:
             if producer_ids:
                 await self._know_producers(producer_ids)
             if user_ids:
+                # The last that is waited for: nothing is to turn the cache before the rows are read.
                 await self._fetch(users)
         except StoreFault as fault:
             raise Unavailable(fault.message, retry_after_s=0.5) from fault
+        if self._owned is not owned:
+            self._check_taken(users)
+
+    def _check_taken(self, users: Strings) -> None:
+        if not self._groups or not self._owned[(users.key >> self._shift).astype(np.int64)].all():
+            raise Unavailable("the shard has not taken its partitions over yet", retry_after_s=0.1)
 
     async def _claim(self, epoch: int, owned: NDArray[np.bool_]) -> None:
         was_lost, self._lost = self._lost, True
@@ -163,6 +179,8 @@ class StoredState(Admission):
         }
         await asyncio.gather(*(self._store.claim(group, mine, mine[0], owner) for group, mine in by_group.items()))
         held = await asyncio.gather(*(self._store.read_group(group, self.schema.fingerprint) for group in by_group))
+        carried = await self._store.carried()
+        # From here on nothing waits: whoever asked before sees that all is forgotten, and asks again.
         self._cache.clear()
         self.forget_admitted()
         self._users = 0
@@ -170,7 +188,7 @@ class StoredState(Admission):
             group: self._take_group(group, mine, state)
             for (group, mine), state in zip(by_group.items(), held, strict=True)
         }
-        self._load_dedupe(held, await self._store.carried())
+        self._load_dedupe(held, carried)
         self._owned, self._owner, self._lost = owned, owner, False
 
     async def _look_for_losses(self) -> None:
@@ -216,14 +234,19 @@ class StoredState(Admission):
             self.producers.note(request_id, 0, 0, partitions, when)
 
     async def _know_producers(self, producer_ids: Collection[str]) -> None:
-        unknown = [
-            producer_id
-            for producer_id in producer_ids
-            if producer_id and not producer_id.startswith(REQUEST_PREFIX) and producer_id not in self.producers
-        ]
-        if not unknown or not self._groups:
-            return
-        found = await asyncio.gather(*(self._store.read_producers(group, unknown) for group in self._groups))
+        while True:
+            producers = self.producers
+            unknown = [
+                producer_id
+                for producer_id in producer_ids
+                if producer_id and not producer_id.startswith(REQUEST_PREFIX) and producer_id not in producers
+            ]
+            if not unknown or not self._groups:
+                return
+            found = await asyncio.gather(*(self._store.read_producers(group, unknown) for group in self._groups))
+            if self.producers is producers:
+                break
+            # Claimed meanwhile: the answers may be from before the last write.
         for number, producer_id in enumerate(unknown):
             last = np.zeros(len(self._owned), np.int64)
             acknowledged = used_ns = 0
@@ -235,8 +258,8 @@ class StoredState(Admission):
                         used_ns = max(used_ns, value)
                     else:
                         last[int(name)] = value
-            if used_ns and producer_id not in self.producers:
-                self.producers.load_producers([(producer_id, last, acknowledged, used_ns)])
+            if used_ns and producer_id not in producers:
+                producers.load_producers([(producer_id, last, acknowledged, used_ns)])
 
     def _interrupted(self, fault: StoreFault) -> Interrupted:
         self._lost = True
@@ -277,11 +300,13 @@ class StoredState(Admission):
         self._pending.append(decode_part(b"".join(payload)))
 
     async def sync(self) -> None:
-        """Returns when the store has everything appended, and it can be read. Raises Interrupted."""
+        """Returns when the store has everything appended, and it can be read. Raises Interrupted; then it has what
+        `position` says, and nothing of the rest where it is full."""
         pending, self._pending = self._pending, []
         try:
             for run in _runs(pending):
                 await self._store_run(run)
+                self.position += len(run)
         except StoreFault as fault:
             raise self._interrupted(fault) from fault
 
@@ -330,45 +355,54 @@ class StoredState(Admission):
         users = Strings(columns.buffer, columns.user_offset, columns.user_length, columns.user_hash)
         self._cache.make_room(columns.count, len(columns.buffer))
         # Else readers could turn a small cache again and again.
-        self._cache.pinned = True
-        try:
+        with self._cache.pinned():
             while True:
                 stage = self._cache.begin(users)
                 known = await self._fetch(stage.users)
                 if self._cache.holds(stage):
                     self._cache.fill(stage, self._clock())
                     return stage, known
-        finally:
-            self._cache.pinned = False
 
     async def _fetch(self, users: Strings) -> NDArray[np.bool_]:
-        """Brings rows that are not here; returns which users have one."""
-        while True:
-            generation = self._cache.generation
-            found = self._cache.find(users)
-            missing = np.flatnonzero(~found)
+        """Brings rows that are not here; returns which users have one. These are all in the table, until the loop turns
+        next. Raises StoreFault and DataLoss."""
+        for again in range(MOST_ASKED):
+            asked = self._cache.moment
+            missing = np.flatnonzero(~self._cache.find(users))
             if not len(missing):
-                return found
-            group = self._group_of[(users.key[missing] >> self._shift).astype(np.int64)]
-            asked = [(number, missing[group == number]) for number in np.unique(group).tolist()]
-            answers = await asyncio.gather(
-                *(
-                    self._store.fetch(number, self.schema.fingerprint, users.take(which).to_list())
-                    for number, which in asked
-                )
+                return np.ones(len(users.key), np.bool_)
+            # Else others could turn a small cache each time.
+            with self._cache.pinned() if again else nullcontext():
+                rows = await self._ask(users.take(missing))
+            if not self._cache.may_have_forgotten(asked):
+                return self._take(users, dict(zip(missing.tolist(), rows, strict=True)))
+        raise StoreAway(f"{self._store.url.shown} answers later than rows are forgotten, {MOST_ASKED} times over")
+
+    async def _ask(self, users: Strings) -> list[bytes | None]:
+        group = self._group_of[(users.key >> self._shift).astype(np.int64)]
+        asked = [(number, np.flatnonzero(group == number)) for number in np.unique(group).tolist()]
+        answers = await asyncio.gather(
+            *(
+                self._store.fetch(number, self.schema.fingerprint, users.take(which).to_list())
+                for number, which in asked
             )
-            if self._cache.generation > generation + 1:
-                # What was stored meanwhile may have come and gone.
-                continue
-            rows = dict(zip(np.concatenate([which for _, which in asked]).tolist(), chain(*answers), strict=True))
-            stored = np.array([place for place, row in rows.items() if row is not None], np.int64)
-            # What somebody else brought meanwhile, or stored, is not older.
-            lacking = stored[~self._cache.find(users.take(stored))]
-            packed = [row for place in lacking.tolist() if (row := rows[place]) is not None]
-            self._cache.make_room(len(packed), sum(map(len, packed)))
-            self._cache.put(users.take(lacking), packed)
-            found[stored] = True
-            return found
+        )
+        rows = dict(zip(np.concatenate([which for _, which in asked]).tolist(), chain(*answers), strict=True))
+        return [rows[place] for place in range(len(users.key))]
+
+    def _take(self, users: Strings, rows: dict[int, bytes | None]) -> NDArray[np.bool_]:
+        """Puts rows that the store was asked for, by place in `users`, beside those that are here; returns which users
+        have one now."""
+        # What somebody else brought meanwhile, or stored, is not older.
+        known = self._cache.find(users)
+        packed = {place: row for place, row in rows.items() if row is not None and not known[place]}
+        if self._cache.make_room(len(packed), sum(map(len, packed.values()))):
+            # What was here is now in the generation before.
+            self._cache.find(users)
+        lacking = np.array(list(packed), np.int64)
+        self._cache.put(users.take(lacking), list(packed.values()))
+        known[lacking] = True
+        return known
 
     async def _count(self, writes: dict[int, GroupWrite], stage: Stage, events: RunEvents) -> None:
         table = stage.table
@@ -422,7 +456,6 @@ class StoredState(Admission):
             group.writes += 1
             group.packed = write.population or group.packed
             self._users += write.new_users
-        self.position += 1
 
 
 def _epoch_of(owner: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import xxhash
 
@@ -46,6 +47,48 @@ class Stored:
         async with asyncio.timeout(PATIENCE_S):
             while not what():  # noqa: ASYNC110  what is waited for has no event
                 await asyncio.sleep(0.02)
+
+
+class Held:
+    """Holds back what a store answers to the first calls of one of its methods, as if these answers came late."""
+
+    def __init__(self, store: RedisStore, name: str) -> None:
+        self._store = store
+        self._name = name
+        self._call = getattr(store, name)
+        self._holding = True
+        self._asked = 0
+        self._all_answered = asyncio.Event()
+        self._released = asyncio.Event()
+
+    def __enter__(self) -> Held:
+        setattr(self._store, self._name, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+        setattr(self._store, self._name, self._call)
+
+    async def _ask(self, *arguments: Any) -> Any:
+        if not self._holding:
+            return await self._call(*arguments)
+        self._asked += 1
+        answer = await self._call(*arguments)
+        self._asked -= 1
+        if not self._asked:
+            self._all_answered.set()
+        await self._released.wait()
+        return answer
+
+    async def answered(self) -> None:
+        """Returns when the store has answered; later calls are not held."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self._all_answered.wait()
+        self._holding = False
+
+    def release(self) -> None:
+        """Lets the answers through."""
+        self._released.set()
 
 
 @asynccontextmanager

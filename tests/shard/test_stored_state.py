@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from profile_service.domain.index import Strings
 from profile_service.domain.population import Population
 from profile_service.domain.schema import parse_schema
 from profile_service.errors import Unavailable
@@ -19,7 +20,7 @@ from profile_service.storage.redis_client import StoreUrl
 from profile_service.storage.redis_store import RedisStore
 from tests.redis_process import RedisProcess
 from tests.shard.shards import NOW_NS, Clock
-from tests.shard.stored import partition_of, running
+from tests.shard.stored import Held, Stored, partition_of, running
 from tests.shard.test_shard import SCHEMA, part
 from userprofile.v1 import profile_pb2
 
@@ -174,6 +175,91 @@ async def test_reads_between_writes_never_bring_back_what_was_before(url: str, s
             counted = sequence
             assert await stored.count("u0") == 1 + sequence
         await reader
+
+
+async def read_together(stored: Stored, users: list[str]) -> list[int]:
+    """Event counts as one read gives them; 0 for a user who was not found."""
+    await stored.shard.bring(users)
+    profiles = map(profile_pb2.Profile.FromString, stored.shard.read(users, []))
+    return [profile.event_count for profile in profiles]
+
+
+@pytest.mark.parametrize("befalls", ["turn", "two turns", "clear"])
+async def test_a_read_finds_everyone_whatever_befalls_the_cache_while_the_store_answers(url: str, befalls: str) -> None:
+    async with running(url) as stored:
+        cache = stored.state._cache
+        # One store has all of the cases.
+        near, far = f"near: {befalls}", f"far: {befalls}"
+        await stored.submit(part([near, far]))
+        cache.drop(Strings.join([far.encode()]))
+        with Held(stored.store, "fetch") as held:
+            reading = asyncio.create_task(read_together(stored, [near, "nobody", far]))
+            await held.answered()
+            for _ in range(2 if befalls == "two turns" else 1):
+                cache.clear() if befalls == "clear" else cache.turn()
+            held.release()
+            assert await reading == [1, 0, 1]
+
+
+async def test_a_read_finds_everyone_though_the_cache_turns_for_those_who_come(url: str) -> None:
+    async with running(url, cached_users_per_shard=2) as stored:
+        for user in ("far", "another", "near"):
+            await stored.submit(part([user]))
+        assert await read_together(stored, ["near", "far"]) == [1, 1]
+        users = [f"u{n}" for n in range(10)]
+        for n, user in enumerate(users):
+            await stored.submit(part([user]))
+            assert await read_together(stored, users[: n + 1]) == [1] * (n + 1)
+
+
+async def test_a_user_who_is_new_while_the_store_answers_is_found_though_the_cache_turns(url: str) -> None:
+    async with running(url) as stored:
+        await stored.submit(part(["u1"]))
+        with Held(stored.store, "fetch") as held:
+            reading = asyncio.create_task(read_together(stored, ["u1", "new"]))
+            await held.answered()
+            await stored.submit(part(["new"]))
+            stored.state._cache.turn()
+            held.release()
+            assert await reading == [1, 1]
+
+
+async def test_a_row_that_was_read_before_a_claim_is_not_counted_on_after_it(url: str) -> None:
+    async with running(url) as stored:
+        await stored.submit(part(["u1"]))
+        stored.state._cache.drop(Strings.join([b"u1"]))
+        with Held(stored.store, "fetch") as held:
+            reading = asyncio.create_task(read_together(stored, ["u1"]))
+            await held.answered()
+            await stored.submit(part(["u1"]))
+            await claim_anew(stored)
+            held.release()
+            assert await reading == [2]
+        await stored.submit(part(["u1"]))
+        assert await stored.count("u1") == 3
+
+
+async def test_what_was_read_of_a_producer_before_a_claim_does_not_count_its_batch_again(url: str) -> None:
+    async with running(url) as first:
+        await first.submit(part(["u1"], producer="p", sequence=1))
+    async with running(url, epoch=8) as stored:
+        await stored.submit(part(["u2"]), epoch=8)
+        with Held(stored.store, "read_producers") as held:
+            asking = asyncio.create_task(stored.shard.bring(producer_ids=["p"]))
+            await held.answered()
+            await stored.submit(part(["u1"], producer="p", sequence=2), epoch=8)
+            await claim_anew(stored, epoch=8)
+            held.release()
+            await asking
+        await stored.submit(part(["u1"], producer="p", sequence=2), epoch=8)
+        assert await stored.count("u1") == 2
+
+
+async def claim_anew(stored: Stored, epoch: int = 7) -> None:
+    """As after a fault."""
+    stored.state._lost = True
+    await stored.submit(part(["another"]), epoch)
+    assert not stored.state._lost
 
 
 async def test_rows_follow_a_changed_schema_even_when_that_was_interrupted(url: str) -> None:
