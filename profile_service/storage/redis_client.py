@@ -15,8 +15,10 @@ StoreFault
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -34,6 +36,7 @@ DEFAULT_PREFIX = "profiles"
 TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 2.0
 CONNECTIONS = 32
+"""To a server; so many requests are under way at a time, the others wait in line."""
 SCAN_KEYS = 1_000
 
 Answer = TypeVar("Answer")
@@ -120,6 +123,8 @@ class RedisClient:
         self._shown = url.shown
         self._timeout_s = timeout_s
         self._redis = _connections(url, timeout_s)
+        # A server's pool lets requests wait for a connection; a node's of a cluster would refuse them at once.
+        self._line: AbstractAsyncContextManager[None] = asyncio.Semaphore(CONNECTIONS) if url.cluster else nullcontext()
         self._known: dict[str, str] = {}
         """Scripts that the server has, or had, and their SHA-1."""
 
@@ -129,14 +134,19 @@ class RedisClient:
 
     async def call(self, *command: Any) -> Any:
         """One command."""
-        return await self._guard(self._redis.execute_command(*command))
+        return await self._guard(lambda: self._redis.execute_command(*command))
 
     async def pipe(self, commands: Iterable[Sequence[Any]], *, together: bool) -> list[Any]:
         """Several commands, sent at once; `together` all of them are done or none. Their keys are of one hash tag."""
-        pipe = self._redis.pipeline(transaction=together)
-        for command in commands:
-            pipe.execute_command(*command)
-        return await self._guard(pipe.execute())
+
+        async def send() -> list[Any]:
+            pipe = self._redis.pipeline(transaction=together)
+            for command in commands:
+                pipe.execute_command(*command)
+            answers: list[Any] = await pipe.execute()
+            return answers
+
+        return await self._guard(send)
 
     async def run(self, script: str, keys: Sequence[bytes], arguments: Sequence[Any]) -> Any:
         """One script, as one step; the text itself is sent where it is not known yet."""
@@ -153,12 +163,9 @@ class RedisClient:
         pattern = (
             before.replace(b"\\", b"\\\\").replace(b"*", b"\\*").replace(b"?", b"\\?").replace(b"[", b"\\[") + b"*"
         )
-        # The node of a cluster that has them all.
-        where = {"target_nodes": self._redis.get_node_from_key(before.decode())} if self._is_cluster else {}
         cursor = 0
         while True:
-            command = ("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS)
-            following, found = await self._guard(self._redis.execute_command(*command, **where))
+            following, found = await self._guard(functools.partial(self._scan_some, before, pattern, cursor))
             # A cluster's client says it by node.
             cursor = int(next(iter(following.values())) if isinstance(following, dict) else following)
             if found:
@@ -166,12 +173,20 @@ class RedisClient:
             if not cursor:
                 return
 
-    async def _guard(self, answer: Awaitable[Answer]) -> Answer:
-        """The answer, in time; the library's errors become ours."""
+    async def _scan_some(self, before: bytes, pattern: bytes, cursor: int) -> Any:
+        # The node of a cluster that has them all.
+        where = {"target_nodes": self._redis.get_node_from_key(before.decode())} if self._is_cluster else {}
+        return await self._redis.execute_command("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_KEYS, **where)
+
+    async def _guard(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The answer, in time, which begins in the line; the library's errors become ours."""
         try:
             # The library's own limit is for each piece of an answer.
-            async with asyncio.timeout(self._timeout_s + CONNECT_TIMEOUT_S):
-                return await answer
+            async with asyncio.timeout(self._timeout_s + CONNECT_TIMEOUT_S), self._line:
+                if self._is_cluster:
+                    # Before it knows the nodes, redis-py sends what comes to any of them.
+                    await self._redis.initialize()
+                return await ask()
         except (TimeoutError, redis.exceptions.TimeoutError):
             raise StoreAway(f"{self._shown} does not answer within {self._timeout_s:g} s") from None
         except redis.exceptions.NoScriptError:
@@ -181,8 +196,14 @@ class RedisClient:
             if isinstance(error, redis.exceptions.OutOfMemoryError) or "OOM " in text:
                 raise StoreFull(f"{self._shown} has no memory left (maxmemory)") from None
             raise StoreAway(f"{self._shown} refuses: {text}") from None
-        except (redis.exceptions.RedisError, OSError) as error:
+        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, OSError) as error:
+            # The second is no RedisError: of a cluster no node of which answers, or that serves not every slot.
             raise StoreAway(f"{self._shown} cannot be reached: {error}") from None
+        except AttributeError as error:
+            # When a node fails, redis-py closes connections that others have just taken and then find without a socket.
+            if not self._is_cluster:
+                raise
+            raise StoreAway(f"{self._shown} cannot be reached: a connection was closed ({error})") from None
 
 
 class _Packing(redis.asyncio.Connection):
@@ -212,7 +233,14 @@ def _connections(url: StoreUrl, timeout_s: float) -> Any:
         "retry": Retry(NoBackoff(), 0),
     }
     if url.cluster:
-        return redis.asyncio.RedisCluster.from_url(url.url, max_connections=CONNECTIONS, **options)
+        return redis.asyncio.RedisCluster.from_url(
+            url.url,
+            # Of each node. One that is being closed after a fault still counts.
+            max_connections=2 * CONNECTIONS,
+            # Else each fifth answer that a slot has moved would cut off all requests that are under way.
+            reinitialize_steps=0,
+            **options,
+        )
     pool = redis.asyncio.BlockingConnectionPool.from_url(
         url.url, max_connections=CONNECTIONS, timeout=timeout_s, **options
     )

@@ -3,6 +3,16 @@ so that it runs on a cluster, too. It checks first and writes then: a script tha
 
 from __future__ import annotations
 
+MAKE_META = """
+-- KEYS: meta   ARGV: fields and values          Makes a store where there is none; returns whether it did.
+-- An id alone is no store: an earlier version wrote it by itself first, and may have died after it.
+for _, field in ipairs({'format', 'unfinished'}) do
+  if redis.call('HEXISTS', KEYS[1], field) == 1 then return 0 end
+end
+redis.call('HSET', KEYS[1], unpack(ARGV))
+return 1
+"""
+
 CLAIM = """
 -- KEYS: owners                                  ARGV: epoch, token, segment, partitions
 -- Makes "epoch:token" the owner of the partitions; refused where one has an owner of a later epoch.

@@ -127,13 +127,14 @@ class RedisStore:
         found = {
             key.decode(): value.decode() for key, value in (await self._client.call("HGETALL", self.keys.meta)).items()
         }
-        if not found:
-            return None
         if UNFINISHED in found:
             raise StartupError(
                 f"{self.url.shown}: a migration into it was interrupted: run `profile-service migrate` again, or give "
                 "another prefix"
             )
+        if "format" not in found:
+            # Or one that an earlier version had only begun to make.
+            return None
         if int(found["format"]) != FORMAT:
             raise StartupError(
                 f"{self.url.shown}: its format is {found['format']}, this version writes {FORMAT}: start the version "
@@ -148,12 +149,10 @@ class RedisStore:
 
     async def make_meta(self, meta: Meta) -> bool:
         """Makes a store of one that was never used; returns whether it was nobody else who did."""
-        made = await self._client.call("HSETNX", self.keys.meta, "id", meta.store_id)
-        if made:
-            await self._client.call("HSET", self.keys.meta, "format", FORMAT, "partition_bits", meta.partition_bits)
-            for fingerprint, text in meta.schemas.items():
-                await self.add_schema(fingerprint, text, meta.layouts[fingerprint])
-        return bool(made)
+        fields: list[Any] = ["id", meta.store_id, "format", FORMAT, "partition_bits", meta.partition_bits]
+        for fingerprint, text in meta.schemas.items():
+            fields += (f"schema:{fingerprint}", text, f"layout:{fingerprint}", meta.layouts[fingerprint])
+        return bool(await self._client.run(redis_scripts.MAKE_META, [self.keys.meta], fields))
 
     async def begin_import(self, meta: Meta, progress: Callable[[int], None] = lambda keys: None) -> None:
         """Makes a store that nobody may use before `finish_import`. Of an import that was interrupted nothing stays:

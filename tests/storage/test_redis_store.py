@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from profile_service.errors import StartupError
-from profile_service.storage.redis_client import StoreAway, StoreUrl
+from profile_service.storage.redis_client import CONNECT_TIMEOUT_S, CONNECTIONS, StoreAway, StoreUrl
 from profile_service.storage.redis_keys import GROUPS, Keys
-from profile_service.storage.redis_store import GroupWrite, RedisStore
+from profile_service.storage.redis_store import GroupWrite, Meta, RedisStore
 from tests.redis_process import SERVERS, RedisProcess, Tls, free_port
 
 
@@ -84,6 +88,58 @@ async def test_it_speaks_tls_and_gives_the_password(tmp_path: Path) -> None:
             await store.close()
 
 
+@pytest.fixture
+def url(tmp_path: Path) -> Iterator[str]:
+    with RedisProcess(tmp_path / "redis") as server:
+        yield server.url
+
+
+META = Meta("mine", 8, {"f": "a schema"}, {"f": "a layout"})
+
+
+async def test_whoever_looks_while_a_store_is_made_sees_none_or_all_of_it(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, other = RedisStore(StoreUrl.parse(url), 8), RedisStore(StoreUrl.parse(url), 8)
+    call = maker._client.call
+
+    async def slowly(*command: Any) -> Any:
+        answer = await call(*command)
+        await asyncio.sleep(0.05)
+        return answer
+
+    monkeypatch.setattr(maker._client, "call", slowly)
+    making = asyncio.create_task(maker.make_meta(META))
+    seen = []
+    while not making.done():
+        seen.append(await other.read_meta())
+    assert await making
+    assert all(meta in (None, META) for meta in seen)
+    assert await other.read_meta() == META
+    assert not await other.make_meta(replace(META, store_id="another"))
+    assert await other.read_meta() == META
+    for store in (maker, other):
+        await store.close()
+
+
+async def test_a_store_that_an_earlier_version_died_in_making_is_made(url: str) -> None:
+    store = RedisStore(StoreUrl.parse(url), 8)
+    await store._client.call("HSETNX", store.keys.meta, "id", "half")
+    assert await store.read_meta() is None
+    assert await store.make_meta(META)
+    assert await store.read_meta() == META
+    await store.close()
+
+
+async def test_an_import_that_is_under_way_is_not_made_a_store(url: str) -> None:
+    store = RedisStore(StoreUrl.parse(url), 8)
+    await store.begin_import(META)
+    assert not await store.make_meta(replace(META, store_id="another"))
+    with pytest.raises(StartupError, match="migration"):
+        await store.read_meta()
+    await store.close()
+
+
 async def use(store: RedisStore, group: int) -> None:
     """Everything that is done with a group."""
     partitions = [p for p in range(256) if store.keys.group_of(p) == group]
@@ -122,14 +178,15 @@ async def use(store: RedisStore, group: int) -> None:
     assert await store.read_population(group, "g") == {partitions[0]: b"sums of g"}
 
 
-@pytest.mark.parametrize("program", SERVERS)
-async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path, program: str) -> None:
+@contextmanager
+def cluster(directory: Path, program: str = "redis") -> Iterator[tuple[RedisProcess, RedisProcess]]:
+    """Of two nodes; returns when both have it whole."""
     # A bus of its own choice would be 10,000 above its port, which may be none.
     buses = [free_port(), free_port()]
     flags = [("--cluster-enabled", "yes", "--cluster-port", str(bus)) for bus in buses]
     with (
-        RedisProcess(tmp_path / "a", *flags[0], server=program) as first,
-        RedisProcess(tmp_path / "b", *flags[1], server=program) as second,
+        RedisProcess(directory / "a", *flags[0], server=program) as first,
+        RedisProcess(directory / "b", *flags[1], server=program) as second,
     ):
         first.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
         second.client.execute_command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
@@ -137,7 +194,13 @@ async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path, 
         deadline = time.monotonic() + 20.0
         while any(b"state:ok" not in _cluster_info(node) for node in (first, second)):
             assert time.monotonic() < deadline
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
+        yield first, second
+
+
+@pytest.mark.parametrize("program", SERVERS)
+async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path, program: str) -> None:
+    with cluster(tmp_path, program) as (first, second):
         store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{first.port}/0?cluster=true"), 8)
         for group in range(store.keys.groups):
             await use(store, group)
@@ -146,6 +209,88 @@ async def test_it_keeps_to_one_node_of_a_cluster_for_each_group(tmp_path: Path, 
         await store.close()
         # Both have had their share.
         assert all(node.client.dbsize() > 100 for node in (first, second))
+
+
+async def test_more_requests_than_connections_wait_in_line_for_a_node_of_a_cluster(tmp_path: Path) -> None:
+    with cluster(tmp_path) as (first, _):
+        store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{first.port}/0?cluster=true"), 8)
+        answers = await asyncio.gather(*(store.fetch(3, "f", [b"nobody"]) for _ in range(10 * CONNECTIONS)))
+        assert answers == [[None]] * (10 * CONNECTIONS)
+        await store.close()
+
+
+async def test_who_waits_in_line_for_a_cluster_that_does_not_answer_waits_no_longer_than_others(
+    tmp_path: Path,
+) -> None:
+    with cluster(tmp_path) as nodes:
+        store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{nodes[0].port}/0?cluster=true"), 8, timeout_s=1.0)
+        await store.read_meta()
+        for node in nodes:
+            node.pause()
+        began = time.monotonic()
+        requests = (store.fetch(3, "f", [b"nobody"]) for _ in range(10 * CONNECTIONS))
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        assert all(isinstance(answer, StoreAway) for answer in answers)
+        assert time.monotonic() - began < 1.0 + CONNECT_TIMEOUT_S + 1.0
+        for node in nodes:
+            node.resume()
+        assert await store.fetch(3, "f", [b"nobody"]) == [None]
+        await store.close()
+
+
+async def test_a_cluster_that_is_away_is_a_store_that_is_away(tmp_path: Path) -> None:
+    away = f"redis://127.0.0.1:{free_port()}/0?cluster=true"
+    store = RedisStore(StoreUrl.parse(away), 8)
+    with pytest.raises(StoreAway, match="cannot be reached"):
+        await store.read_meta()
+    with pytest.raises(StoreAway, match="cannot be reached"):
+        await store.move_rows(3, "f", "g", [b"u"], [b"row"], [0])
+    with pytest.raises(StoreAway, match="cannot be reached"):
+        await anext(store.scan_rows(3, "f"))
+    await store.close()
+    with cluster(tmp_path) as nodes:
+        store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{nodes[0].port}/0?cluster=true"), 8)
+        await store.read_meta()
+        for node in nodes:
+            node.kill()
+        for _ in range(3):
+            with pytest.raises(StoreAway):
+                await store.fetch(3, "f", [b"nobody"])
+        await store.close()
+
+
+async def test_a_node_that_dies_under_many_requests_is_a_store_that_is_away_until_it_is_back(tmp_path: Path) -> None:
+    with cluster(tmp_path) as nodes:
+        store = RedisStore(StoreUrl.parse(f"redis://127.0.0.1:{nodes[0].port}/0?cluster=true"), 8)
+        over = asyncio.Event()
+
+        async def ask(group: int) -> None:
+            while not over.is_set():
+                try:
+                    await store.fetch(group, "f", [b"nobody"])
+                except StoreAway:
+                    await asyncio.sleep(0.01)
+
+        asking = [asyncio.create_task(ask(n % store.keys.groups)) for n in range(100)]
+        for node in (*nodes, *nodes):
+            await asyncio.sleep(0.2)
+            node.kill()
+            await asyncio.sleep(0.2)
+            await asyncio.to_thread(node.start)
+        over.set()
+        await asyncio.gather(*asking)
+        async with asyncio.timeout(20.0):
+            while not await _answers(store):  # noqa: ASYNC110  what is waited for has no event
+                await asyncio.sleep(0.05)
+        await store.close()
+
+
+async def _answers(store: RedisStore) -> bool:
+    try:
+        await asyncio.gather(*(store.fetch(group, "f", [b"nobody"]) for group in range(store.keys.groups)))
+    except StoreAway:
+        return False
+    return True
 
 
 def _cluster_info(node: RedisProcess) -> bytes:
