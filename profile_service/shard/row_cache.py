@@ -25,9 +25,19 @@ from profile_service.domain.layout import EVENT_COUNT, LAST_RECEIVED
 from profile_service.domain.packing import Packing, pack_rows, unpack_rows
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
+from profile_service.errors import DataLoss
 
 TEXTS_A_USER = 8
 """Different texts for each user that a generation has room for; common ones are kept once."""
+
+
+def damaged_row(user_id: bytes, key: bytes, where: str) -> DataLoss:
+    """What whoever runs the service has to know of a row that cannot be read."""
+    return DataLoss(
+        f"{where}: the row of user {user_id.decode()!r} is damaged, or of another layout: restore the key "
+        f"{key.decode()!r}, or delete it, which forgets the user's profile; nothing of the user is read or counted "
+        "until then"
+    )
 
 
 @dataclass
@@ -161,6 +171,15 @@ class RowCache:
         """Takes the users' rows as stored. Raises DataLoss where one is damaged."""
         rows = unpack_rows(self.packing, packed, self.table.texts)
         self.table.load_rows(users.length, users.joined(), rows)
+
+    def first_damaged(self, packed: Sequence[bytes]) -> int:
+        """The number of the first row that `put` would refuse; of them all where there is none."""
+        for number, row in enumerate(packed):
+            try:
+                unpack_rows(self.packing, [row], self.table.texts)
+            except DataLoss:
+                return number
+        return len(packed)
 
     def fill(self, stage: Stage, now_ns: int) -> None:
         """Gives the stage the rows that its users have here; one not heard of for the schema's TTL is fresh."""

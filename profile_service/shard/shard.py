@@ -31,6 +31,7 @@ from profile_service.domain.columns import EventColumns
 from profile_service.domain.index import Strings
 from profile_service.domain.population import Population
 from profile_service.errors import (
+    DataLoss,
     InvalidArgument,
     NotMine,
     ProfileServiceError,
@@ -132,6 +133,15 @@ class _Checked:
     partitions: NDArray[np.int64]
 
 
+@dataclass
+class _Admitted:
+    """A submission, and what of it is in the log."""
+
+    submission: _Submission
+    works: list[tuple[EventColumns, int]]
+    """Of each part that was appended: the events to be counted, and when they came."""
+
+
 class Shard:
     """The users of some partitions.
 
@@ -209,7 +219,9 @@ class Shard:
             ResourceExhausted: the queue or the table is full.
             InvalidArgument: the bytes are not what they should be.
             Unavailable: the shard is closing, or has no lease.
-        In each of these cases nothing of the parts is kept, but where the lease ran out while they were committed.
+            DataLoss: the stored row of a user is damaged.
+        In each of these cases nothing of the parts is kept, but where the lease ran out while they were committed, or
+        the store failed meanwhile (Interrupted, which is an Unavailable): then nobody knows.
         """
         if self._closed:
             raise Unavailable(f"shard {self.shard_id} is shutting down", retry_after_s=1.0)
@@ -400,34 +412,11 @@ class Shard:
 
     async def _commit(self, group: list[_Submission]) -> None:
         try:
-            if not await self._settle(group):
-                return
-            checked, events = [], 0
-            for submission in group:
-                if (parts := self._check(submission)) is not None:
-                    checked.append((submission, parts))
-                for part in submission.parts:
-                    events += part.event_count
-                if events >= SLICE_EVENTS:
-                    # Decoding a large group takes long.
-                    events = 0
-                    await asyncio.sleep(0)
-            if checked and await self._make_room_for(checked):
-                applicable = [
-                    (submission, [work for part in parts if (work := self._append(part)) is not None])
-                    for submission, parts in checked
-                ]
-                await self._log.sync()
-                for submission, works in applicable:
-                    for columns, received_ns in works:
-                        await self._apply(columns, received_ns)
-                        self.moves.applied(columns)
-                    self._acknowledge(submission)
-        except Interrupted as interruption:
-            self._stall(interruption)
-            error = StorageFull(self._health.message, FULL_RETRY_S) if interruption.full else interruption
-            for submission in group:
-                _fail(submission, error)
+            for submission in await self._commit_together(group):
+                if self._health.state == STALLED:
+                    _fail(submission, Unavailable(self._health.message, retry_after_s=0.5))
+                else:
+                    await self._commit_together([submission])
         except BaseException as error:
             for submission in group:
                 _fail(submission, Unavailable(f"shard {self.shard_id} failed: {error}", retry_after_s=1.0))
@@ -436,6 +425,68 @@ class Shard:
             for submission in group:
                 self._queued_bytes -= submission.size_bytes
                 self._queued_events -= sum(part.event_count for part in submission.parts)
+
+    async def _commit_together(self, group: Sequence[_Submission]) -> list[_Submission]:
+        """Commits the submissions, and answers them; but for those that it returns, of which nothing is stored: the
+        damaged row of one user has stopped them, and each may go on by itself."""
+        if not await self._settle(group):
+            return []
+        checked, events = [], 0
+        for submission in group:
+            if (parts := self._check(submission)) is not None:
+                checked.append((submission, parts))
+            for part in submission.parts:
+                events += part.event_count
+            if events >= SLICE_EVENTS:
+                # Decoding a large group takes long.
+                events = 0
+                await asyncio.sleep(0)
+        if not checked or not await self._make_room_for(checked):
+            return []
+        applicable = [
+            _Admitted(submission, [work for part in parts if (work := self._append(part)) is not None])
+            for submission, parts in checked
+        ]
+        stored_before = self._log.position
+        try:
+            await self._log.sync()
+        except Interrupted as interruption:
+            self._stall(interruption)
+            error = StorageFull(self._health.message, FULL_RETRY_S) if interruption.full else interruption
+            for submission in self._answer_stored(applicable, self._log.position - stored_before, interruption):
+                _fail(submission, error)
+            return []
+        except DataLoss as loss:
+            logger.error("shard %d: %s", self.shard_id, loss.message)
+            stopped = self._answer_stored(applicable, self._log.position - stored_before, loss)
+            if len(stopped) > 1:
+                return stopped
+            for submission in stopped:
+                _fail(submission, loss)
+            return []
+        for admitted in applicable:
+            for columns, received_ns in admitted.works:
+                await self._apply(columns, received_ns)
+                self.moves.applied(columns)
+            self._acknowledge(admitted.submission)
+        return []
+
+    def _answer_stored(
+        self, applicable: Sequence[_Admitted], parts: int, reason: ProfileServiceError
+    ) -> list[_Submission]:
+        """Answers those of a group of which something is stored, when its first so many parts are and then a store
+        failed: acknowledges those that are stored whole. Returns those of which nothing is known to be stored."""
+        rest = []
+        for admitted in applicable:
+            if parts >= len(admitted.works):
+                # What a store has was applied on the way there.
+                self._acknowledge(admitted.submission)
+            elif parts > 0:
+                _fail(admitted.submission, Interrupted(f"of the request a part was stored: {reason.message}"))
+            else:
+                rest.append(admitted.submission)
+            parts -= len(admitted.works)
+        return rest
 
     def _acknowledge(self, submission: _Submission) -> None:
         """What is durable and applied is acknowledged, unless this process may have been replaced meanwhile: whoever

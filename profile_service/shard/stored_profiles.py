@@ -12,7 +12,8 @@ from profile_service.clock import Clock
 from profile_service.domain.packed_profiles import PackedProfiles
 from profile_service.domain.population import Population
 from profile_service.domain.schema import Schema
-from profile_service.errors import Unavailable
+from profile_service.errors import DataLoss, Unavailable
+from profile_service.shard.row_cache import damaged_row
 from profile_service.storage.redis_client import StoreFault
 from profile_service.storage.redis_store import RedisStore
 
@@ -48,7 +49,12 @@ class StoredProfiles:
     async def read(
         self, user_ids: Sequence[str], features: Sequence[str], deadline_s: float | None = None
     ) -> list[bytes]:
-        """Encoded profiles in the order of `user_ids`, empty for users never seen. Raises Unavailable."""
+        """Encoded profiles in the order of `user_ids`, empty for users never seen.
+
+        Raises:
+            Unavailable: the store does not answer.
+            DataLoss: a row is damaged.
+        """
         try:
             population = await self._sums() if self._uses_population else None
             rows = await self._fetch([user_id.encode() for user_id in user_ids])
@@ -60,8 +66,22 @@ class StoredProfiles:
             if start:
                 await asyncio.sleep(0)
             some = slice(start, start + SLICE_USERS)
-            profiles += self._rows.profiles(user_ids[some], rows[some], now_ns, features, population)
+            try:
+                profiles += self._rows.profiles(user_ids[some], rows[some], now_ns, features, population)
+            except DataLoss as loss:
+                raise self._damaged(user_ids[some], rows[some], loss) from None
         return profiles
+
+    def _damaged(self, user_ids: Sequence[str], rows: Sequence[bytes | None], loss: DataLoss) -> DataLoss:
+        """The same by the name of the user."""
+        for user_id, row in zip(user_ids, rows, strict=True):
+            try:
+                self._rows.profiles([user_id], [row], 0)
+            except DataLoss:
+                encoded = user_id.encode()
+                key = self._store.keys.row(self._group_of(encoded), self._schema.fingerprint, encoded)
+                return damaged_row(encoded, key, self._store.url.shown)
+        return loss
 
     async def population(self, features: Sequence[str], deadline_s: float | None = None) -> bytes:
         """All users as one encoded profile. Raises Unavailable."""
@@ -70,12 +90,14 @@ class StoredProfiles:
         except StoreFault as fault:
             raise Unavailable(fault.message, retry_after_s=0.5) from fault
 
-    async def _fetch(self, user_ids: Sequence[bytes]) -> list[bytes | None]:
+    def _group_of(self, user_id: bytes) -> int:
         keys = self._store.keys
+        return keys.group_of(xxhash.xxh64_intdigest(user_id) >> (64 - keys.partition_bits))
+
+    async def _fetch(self, user_ids: Sequence[bytes]) -> list[bytes | None]:
         by_group: dict[int, list[int]] = {}
         for place, user_id in enumerate(user_ids):
-            partition = xxhash.xxh64_intdigest(user_id) >> (64 - keys.partition_bits)
-            by_group.setdefault(keys.group_of(partition), []).append(place)
+            by_group.setdefault(self._group_of(user_id), []).append(place)
         answers = await asyncio.gather(
             *(
                 self._store.fetch(group, self._schema.fingerprint, [user_ids[place] for place in places])

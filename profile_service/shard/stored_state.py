@@ -31,11 +31,11 @@ from profile_service.domain.index import Strings
 from profile_service.domain.population import PopulationRow
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
-from profile_service.errors import Unavailable
+from profile_service.errors import DataLoss, Unavailable
 from profile_service.shard.dedupe import NO_PARTITION, Admission, EventIds
 from profile_service.shard.keeping import Interrupted
 from profile_service.shard.log_records import RECORD_EVENTS
-from profile_service.shard.row_cache import RowCache, Stage
+from profile_service.shard.row_cache import RowCache, Stage, damaged_row
 from profile_service.shard.run_writes import ACKNOWLEDGED, USED, OwnedGroup, RunEvents, RunWrites
 from profile_service.shard.store_records import (
     decode_requests,
@@ -300,8 +300,12 @@ class StoredState(Admission):
         self._pending.append(decode_part(b"".join(payload)))
 
     async def sync(self) -> None:
-        """Returns when the store has everything appended, and it can be read. Raises Interrupted; then it has what
-        `position` says, and nothing of the rest where it is full."""
+        """Returns when the store has everything appended, and it can be read.
+
+        Raises:
+            Interrupted: the store has what `position` says, and nothing of the rest where it is full.
+            DataLoss: the row of a user whose events were appended is damaged; the store has what `position` says.
+        """
         pending, self._pending = self._pending, []
         try:
             for run in _runs(pending):
@@ -309,6 +313,10 @@ class StoredState(Admission):
                 self.position += len(run)
         except StoreFault as fault:
             raise self._interrupted(fault) from fault
+        except DataLoss:
+            # What was admitted is not all stored.
+            self._lost = True
+            raise
 
     async def close(self) -> None:
         """Ends the store's connections."""
@@ -400,9 +408,19 @@ class StoredState(Admission):
             # What was here is now in the generation before.
             self._cache.find(users)
         lacking = np.array(list(packed), np.int64)
-        self._cache.put(users.take(lacking), list(packed.values()))
+        self._put(users.take(lacking), list(packed.values()))
         known[lacking] = True
         return known
+
+    def _put(self, users: Strings, packed: list[bytes]) -> None:
+        try:
+            self._cache.put(users, packed)
+        except DataLoss:
+            number = self._cache.first_damaged(packed)
+            user_id = users.to_list()[number]
+            group = int(self._group_of[int(users.key[number] >> self._shift)])
+            key = self._store.keys.row(group, self.schema.fingerprint, user_id)
+            raise damaged_row(user_id, key, self._store.url.shown) from None
 
     async def _count(self, writes: dict[int, GroupWrite], stage: Stage, events: RunEvents) -> None:
         table = stage.table

@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
-from profile_service.errors import ProfileServiceError, StorageFull, Unavailable
+from profile_service.domain.index import Strings
+from profile_service.errors import DataLoss, ProfileServiceError, StorageFull, Unavailable
+from profile_service.shard import stored_state
 from profile_service.shard.health import FULL, SERVING, STALLED
+from profile_service.shard.shard import AfterRefusal, Sender
+from profile_service.shard.stored_profiles import StoredProfiles
 from profile_service.wire.apply_request import ApplyPart
 from tests.redis_process import RedisProcess
-from tests.shard.stored import PATIENCE_S, Stored, running
-from tests.shard.test_shard import part
+from tests.shard.shards import Clock
+from tests.shard.stored import PATIENCE_S, Stored, partition_of, running
+from tests.shard.test_shard import SCHEMA, part
 
 TIMEOUT_S = 2.0
 """Where nobody is to wait for longer."""
@@ -80,6 +87,40 @@ async def test_a_full_store_refuses_writes_serves_reads_and_goes_on_by_itself(ur
         assert await stored.count("u1") == 2
 
 
+async def test_of_a_group_that_fills_the_store_what_is_stored_is_never_said_to_be_refused(
+    url: str, server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_state, "RUN_EVENTS", 2)
+    async with running(url) as stored:
+        await stored.submit(part(["another"]))
+        write, writes = stored.store.write, 0
+
+        async def fill_up_after_two(*arguments: Any) -> None:
+            nonlocal writes
+            await write(*arguments)
+            writes += 1
+            if writes == 2:
+                server.client.config_set("maxmemory", 1)
+
+        monkeypatch.setattr(stored.store, "write", fill_up_after_two)
+        try:
+            whole, divided, refused = await asyncio.gather(
+                stored.submit(part(["u1", "u1"])),
+                stored.shard.submit([part(["u1"]), part(["u1", "u1"])], 100, 7),
+                stored.submit(part(["u1"])),
+                return_exceptions=True,
+            )
+        finally:
+            server.client.config_set("maxmemory", 0)
+        assert whole is None
+        assert isinstance(divided, Unavailable)
+        assert isinstance(refused, StorageFull)
+        # Whoever was refused may send it again, and it counts once.
+        await repeat(stored, part(["u1"]))
+        assert await stored.count("u1") == 4
+        assert stored.shard.status().event_count == 5
+
+
 async def test_a_slow_store_holds_answers_up_and_fails_nothing(url: str, server: RedisProcess) -> None:
     async with running(url) as stored:
         for sequence in range(1, 4):
@@ -90,6 +131,46 @@ async def test_a_slow_store_holds_answers_up_and_fails_nothing(url: str, server:
             assert stored.health.state == SERVING
         assert await stored.count("u1") == 3
         assert stored.shard.status().event_count == 6
+
+
+async def test_a_damaged_row_stops_what_touches_its_user_and_nothing_else(url: str, server: RedisProcess) -> None:
+    async with running(url) as stored:
+        await stored.submit(part(["u1", "u2"], producer="p", sequence=1))
+        stored.state._cache.drop(Strings.join([b"u1", b"u2"]))
+        (key,) = server.client.keys(f"{stored.store.url.prefix}:*:u:u1")
+        row = server.client.get(key)
+        server.client.set(key, row[:-1])
+        with pytest.raises(DataLoss, match=rf"'u1' is damaged.*{re.escape(key.decode())}.*delete"):
+            await stored.count("u1")
+        straight = StoredProfiles(SCHEMA, stored.store, Clock())
+        with pytest.raises(DataLoss, match="'u1' is damaged"):
+            await straight.read(["u2", "u1"], [])
+        assert await stored.count("u2") == 1
+        stored.state._cache.drop(Strings.join([b"u2"]))
+        # All of these are one group; a sender's later batches wait for the one that is refused.
+        sender = Sender()
+        damaged, behind, other, single = await asyncio.gather(
+            stored.shard.submit([part(["u2", "u1"], producer="p", sequence=2)], 100, 7, sender),
+            stored.shard.submit([part(["u2"], producer="p", sequence=3)], 100, 7, sender),
+            stored.submit(part(["u2"], producer="q", sequence=1)),
+            stored.submit(part(["u2"])),
+            return_exceptions=True,
+        )
+        assert isinstance(damaged, DataLoss)
+        assert isinstance(behind, AfterRefusal)
+        assert other is single is None
+        assert await stored.count("u2") == 3
+        # Again, as senders repeat, and beside others.
+        with pytest.raises(DataLoss):
+            await stored.submit(part(["u2", "u1"], producer="p", sequence=2))
+        await stored.submit(part(["u2"], producer="q", sequence=1))
+        assert stored.health.state == SERVING
+        assert await stored.count("u2") == 3
+        server.client.set(key, row)
+        await stored.submit(part(["u2", "u1"], producer="p", sequence=2))
+        await stored.submit(part(["u2"], producer="p", sequence=3))
+        assert [await stored.count(user) for user in ("u1", "u2")] == [2, 5]
+        assert stored.shard.status().event_count == 7
 
 
 async def test_a_store_that_comes_back_empty_is_told_of_and_used(own_server: RedisProcess) -> None:
@@ -104,6 +185,41 @@ async def test_a_store_that_comes_back_empty_is_told_of_and_used(own_server: Red
         await stored.submit(part(["u1"], producer="p", sequence=2))
         assert await stored.count("u1") == 1
         assert stored.shard.status().event_count == 1
+
+
+async def test_two_shards_make_an_emptied_store_anew_at_once(
+    own_server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        running(own_server.url, owned=range(0, 256, 2)) as even,
+        running(own_server.url, owned=range(1, 256, 2)) as odd,
+    ):
+        users = {
+            owner: next(user for user in map(str, range(99)) if owner.shard.owns([partition_of(user)])[0])
+            for owner in (even, odd)
+        }
+        own_server.empty()
+        own_server.start()
+        meta, other_is_done, call = even.store.keys.meta, asyncio.Event(), even.store._client.call
+
+        async def held_back(*command: Any) -> Any:
+            answer = await call(*command)
+            if own_server.client.exists(meta):
+                # The other comes between the first step of making it and the next.
+                await other_is_done.wait()
+            return answer
+
+        monkeypatch.setattr(even.store._client, "call", held_back)
+        first = asyncio.create_task(repeat(even, part([users[even]])))
+        try:
+            await even.until(lambda: own_server.client.exists(meta))
+            await repeat(odd, part([users[odd]]))
+        finally:
+            other_is_done.set()
+        await first
+        for owner, user in users.items():
+            assert owner.health.state == SERVING
+            assert await owner.count(user) == 1
 
 
 async def kill_soon(server: RedisProcess, drawn: Random) -> None:
