@@ -72,11 +72,10 @@ class ShardLink:
 
     async def move(self, location: ShardLocation) -> None:
         """The shard is at another address now: calls end there and are opened here."""
-        if location.address != self.location.address:
-            before, self.location = self._channel, location
-            self._channel = self._open_channel()
-            await before.close()
-        self.location = location
+        before, self.location = self.location, location
+        if location.address != before.address:
+            channel, self._channel = self._channel, self._open_channel()
+            await channel.close()
 
     async def acknowledged(self, producer_id: str, timeout_s: float) -> int:
         """The highest sequence up to which the shard knows the producer to be acknowledged. Raises AioRpcError."""

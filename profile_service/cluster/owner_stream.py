@@ -100,7 +100,9 @@ class OwnerStream(ABC):
     async def _run(self) -> None:
         delay_s = FIRST_BACKOFF_S
         while True:
-            await self._released.wait()
+            # It may have been paused again since it was woken.
+            while not self._released.is_set():
+                await self._released.wait()
             self._finishing = self._served = False
             self._settled.clear()
             reason = "the call was given up"

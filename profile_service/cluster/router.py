@@ -139,7 +139,9 @@ class Router:
             ProfileServiceError: what the lane has failed with.
         """
         while True:
-            await self._stable.wait()
+            # A waiter that was woken may come too late: owners change again.
+            while not self._stable.is_set():
+                await self._stable.wait()
             order, start = split_by_owner(
                 scanned.user_hash, scanned.status, self._owners, self.topology.partition_bits, len(self._links)
             )
@@ -377,21 +379,16 @@ class Router:
         self._by_position = [links[location.shard_id] for location in topology.shards]
         self._owners = topology.owner_table()
         self._started.set()
-        self._settling = asyncio.create_task(self._settle(topology, losing, answered))
+        self._settling = asyncio.create_task(self._settle(losing, answered))
 
-    async def _settle(
-        self,
-        topology: Topology,
-        losing: Sequence[ShardLink],
-        answered: Sequence[Awaitable[object]],
-    ) -> None:
+    async def _settle(self, losing: Sequence[ShardLink], answered: Sequence[Awaitable[object]]) -> None:
         await asyncio.gather(*answered)
         for part in parts_in_order(link.applies for link in losing):
             self._put_again(part)
-        for location in topology.shards:
-            link = self._links[location.shard_id]
+        for shard_id, link in self._links.items():
             if link in losing:
-                await link.move(location)
+                # Shards may have moved again meanwhile, with the same owners.
+                await link.move(next(shard for shard in self.topology.shards if shard.shard_id == shard_id))
                 link.applies.resume()
         self._stable.set()
         while self._leaving:

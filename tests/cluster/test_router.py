@@ -23,6 +23,7 @@ from profile_service.errors import (
     StorageFull,
     Unavailable,
 )
+from profile_service.shard.shard import Sender
 from profile_service.wire.apply_request import ApplyPart
 from tests.cluster.local_cluster import PARTITION_BITS, FakeShard, encode, running, scan, until
 from userprofile.v1 import event_service_pb2, profile_pb2
@@ -436,16 +437,27 @@ class Mover(FakeShard):
         self.turn = asyncio.Lock()
 
     async def submit(self, parts: Sequence[ApplyPart], size_bytes: int, epoch: int, *rest: object) -> None:
+        (sender,) = rest
+        assert isinstance(sender, Sender)
         self.check(epoch)
         self.dice.append((self.dice[-1] * 1_103_515_245 + 12_345) % (1 << 31))
         if self.dice[-1] % 11 == 0:
             raise ResourceExhausted("full", 0.01)
         if self.dice[-1] % 7 == 0:
             raise Unavailable("not now", 0.01)
+        # Whoever sent it may go away; what was taken stays.
+        await asyncio.shield(asyncio.create_task(self.take(parts, epoch, sender)))
+
+    async def take(self, parts: Sequence[ApplyPart], epoch: int, sender: Sender) -> None:
         async with self.turn:
             for _ in range(self.dice[-1] % 5):
                 await asyncio.sleep(0.002)
-            self.check(epoch)
+            try:
+                sender.check()
+                self.check(epoch)
+            except Unavailable:
+                sender.refused = True
+                raise
             self.apply(parts)
 
     def check(self, epoch: int) -> None:
@@ -500,3 +512,36 @@ async def test_streams_keep_their_order_through_moves_and_lost_connections(seed:
         assert set(events) == expected
         for link in router._links.values():
             link.applies.check_invariants()
+
+
+async def test_a_batch_that_was_woken_too_late_waits_for_the_owners_that_come() -> None:
+    async with running(shards=2, make_shard=FakeShard) as (_, router):
+        await router._stable.wait()
+        router._stable.clear()
+        submitting = asyncio.create_task(router.submit(scan(encode(USERS)), Lane("p", patient=True), 1, 0, 1))
+        await asyncio.sleep(0)
+        # Owners have settled, and change again before the batch's turn has come.
+        router._stable.set()
+        router._stable.clear()
+        await asyncio.sleep(0.01)
+        assert not submitting.done()
+        router._stable.set()
+        batch = await submitting
+        await batch.done
+
+
+async def test_a_stream_that_is_paused_before_it_has_gone_on_sends_nothing() -> None:
+    async with running(shards=1, make_shard=FakeShard) as (cluster, router):
+        (shard,) = cluster.shards.values()
+        applies = router._links[0].applies
+        await applies.pause()
+        batch = await router.submit(scan(encode(USERS)), Lane("p", patient=True), 1, 0, 1)
+        await asyncio.sleep(0.05)
+        applies.resume()
+        settled = applies.pause()
+        await asyncio.sleep(0.1)
+        assert not shard.requests
+        await settled
+        applies.resume()
+        await batch.done
+        assert shard.requests
