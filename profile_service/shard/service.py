@@ -4,9 +4,8 @@ from the first moment on: a stand-in says that the shard recovers until `serve` 
 Frontends come here over the internal service, and whoever knows the topology over a part of the public one: reads
 (`rpc.query`) and producers' streams (`rpc.producer_streams`) of this shard's own users.
 
-A stream is read as long as the bytes of its unanswered requests stay below a bound; beyond it, the sender has to wait.
-Requests are submitted without waiting for the one before, answers go out as they come, as many as are ready in one
-message.
+A stream is read as long as the bytes of its unanswered requests stay below a bound (`exchange.py`). Requests are
+submitted without waiting for the one before, answers go out as they come, as many as are ready in one message.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ import logging
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol
 
 import grpc
-from google.protobuf.message import DecodeError
-from grpc import aio
 
 from profile_service.clock import Clock, system_clock
 from profile_service.config import KIB, MIB, STREAM_LOOKAHEAD_BYTES, Settings
@@ -42,6 +39,7 @@ from profile_service.rpc.server import Server
 from profile_service.rpc.status import abort, is_foreseen
 from profile_service.shard import replication_stream
 from profile_service.shard.direct import DirectIngest
+from profile_service.shard.exchange import Exchange, ServerContext
 from profile_service.shard.following import Taken
 from profile_service.shard.health import Health
 from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
@@ -71,10 +69,8 @@ UNSENT_USERS = 4096
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
 UnaryCall = Callable[[bytes, float | None], Awaitable[bytes]]
 """An encoded request and the seconds left, for an encoded response."""
-ServerContext = aio.ServicerContext[Any, Any]
 
 ApplyResult = shard_pb2.ApplyResponse.Result
 ApplyStatus = shard_pb2.ApplyResponse.Status
@@ -223,7 +219,7 @@ class ShardServer:
 
     async def _apply(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
         await context.send_initial_metadata(())
-        exchange: _Exchange[ApplyResult] = _Exchange(self._window_bytes)
+        exchange: Exchange[ApplyResult] = Exchange(self._window_bytes)
 
         sender = Sender()
 
@@ -275,7 +271,7 @@ class ShardServer:
 
     async def _read(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
         await context.send_initial_metadata(())
-        exchange: _Exchange[bytes] = _Exchange(UNSENT_USERS)
+        exchange: Exchange[bytes] = Exchange(UNSENT_USERS)
 
         async def take(encoded: bytes) -> None:
             request = shard_pb2.ReadRequest.FromString(encoded)
@@ -487,83 +483,6 @@ def _streaming(
             await abort(context, error)
 
     return answer
-
-
-class _Exchange(Generic[Answer]):
-    """The two directions of one stream: requests are taken in while their weight is below a window, answers go out as
-    they come."""
-
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._held = 0
-        self._ready: list[Answer] = []
-        self._ready_weight = 0
-        # In their order, which a set would lose.
-        self._running: dict[asyncio.Task[Answer], None] = {}
-        self._changed = asyncio.Event()
-        self._space = asyncio.Event()
-        self._failure: BaseException | None = None
-
-    def put(self, answer: Answer, weight: int) -> None:
-        """Takes the answer to a request; its weight counts until the answer is on its way."""
-        self._held += weight
-        self._ready.append(answer)
-        self._ready_weight += weight
-        self._changed.set()
-
-    def run(self, work: Coroutine[Any, Any, Answer], weight: int) -> None:
-        """Starts the work on one request; its weight counts until the answer is on its way."""
-        self._held += weight
-        task = asyncio.create_task(work)
-        self._running[task] = None
-        task.add_done_callback(functools.partial(self._finish, weight))
-
-    def _finish(self, weight: int, task: asyncio.Task[Answer]) -> None:
-        self._running.pop(task, None)
-        self._held -= weight
-        if not task.cancelled():
-            if (error := task.exception()) is not None:
-                self._failure = error
-            else:
-                self.put(task.result(), weight)
-        self._space.set()
-        self._changed.set()
-
-    async def carry(
-        self, requests: AsyncIterator[bytes], take: Callable[[bytes], Awaitable[None]], context: ServerContext
-    ) -> AsyncIterator[list[Answer]]:
-        """Gives each request to `take`, and yields the answers that are ready until all requests are answered."""
-
-        async def take_all() -> None:
-            async for encoded in requests:
-                await take(encoded)
-                while self._held >= self._window:
-                    self._space.clear()
-                    await self._space.wait()
-
-        taking = asyncio.create_task(take_all())
-        taking.add_done_callback(lambda _: self._changed.set())
-        try:
-            while not taking.done() or self._running or self._ready:
-                self._changed.clear()
-                if self._failure is not None:
-                    raise self._failure
-                if self._ready:
-                    ready, self._ready = self._ready, []
-                    weight, self._ready_weight = self._ready_weight, 0
-                    yield ready
-                    self._held -= weight
-                    self._space.set()
-                else:
-                    await self._changed.wait()
-            # The requests' own end, which may be an error.
-            await taking
-        except DecodeError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a request cannot be read: {error}")
-        finally:
-            taking.cancel()
-            for task in self._running:
-                task.cancel()
 
 
 def _kind_of(query: shard_pb2.ReadRequest.Query) -> tuple[bool, list[str]]:
