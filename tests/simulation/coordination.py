@@ -26,70 +26,50 @@ import itertools
 import logging
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 from unittest import mock
 
-import xxhash
-
 from profile_service.cluster import coordinator as coordinator_module
 from profile_service.cluster import mover as mover_module
 from profile_service.cluster import replicas as replicas_module
-from profile_service.cluster.coordinator import Coordinator
-from profile_service.cluster.leases import Holder, Leases
-from profile_service.cluster.mover import Mover, Undecided
 from profile_service.cluster.ownership import Ownership
-from profile_service.cluster.places import PlaceRegister, Places
-from profile_service.cluster.replicas import Replicas
-from profile_service.cluster.topology import Topology
+from profile_service.cluster.places import Places
 from profile_service.domain.population import Population
-from profile_service.errors import ProfileServiceError, Replaced, Unavailable
+from profile_service.errors import ProfileServiceError
 from profile_service.shard import moves as moves_module
 from profile_service.shard import replication as replication_module
 from profile_service.shard import transfer as transfer_module
-from profile_service.shard.following import Following
-from profile_service.shard.health import Health
-from profile_service.shard.lease import Grant, Lease
-from profile_service.shard.replication import ReplicatedLog, Shipped
-from profile_service.shard.replication_stream import decode, encode
-from profile_service.shard.reports import IN_SYNC, Departed, Shipping
+from profile_service.shard.reports import IN_SYNC
 from profile_service.shard.shard import Shard
 from profile_service.shard.state import ShardState
 from profile_service.storage.crashing_fs import CrashingFileSystem
 from profile_service.storage.fs import DiskFull
-from profile_service.wire.apply_request import ApplyPart
-from tests.shard import shards
 from tests.shard.test_shard import SCHEMA
+from tests.simulation.coordination_coordinator import CoordinatorProcess
+from tests.simulation.coordination_parts import (
+    BEGINNING_NS,
+    LEASE_S,
+    PARTITION_BITS,
+    PARTITIONS,
+    PROCESS,
+    USERS,
+    Lost,
+    Memory,
+    ShardProcess,
+    partition_of,
+)
+from tests.simulation.coordination_senders import Caller, Producer
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.model import Violation
 from tests.simulation.run import Report
-from userprofile.v1 import event_service_pb2, profile_pb2
+from userprofile.v1 import profile_pb2
 
-PARTITION_BITS = 4
-PARTITIONS = 1 << PARTITION_BITS
-LEASE_S = 2.0
 PATIENCE_S = 300.0
 """Made-up seconds after which whoever waits waits in vain."""
-
-MACHINES = ("a", "b", "c")
-
-USERS = [f"u{n}" for n in range(60)]
-BEGINNING_NS = shards.NOW_NS
-
-_PROCESS: contextvars.ContextVar[int] = contextvars.ContextVar("process", default=0)
-"""Which process a task belongs to; 0 for everybody outside."""
-
-
-class Lost(Exception):
-    """A message, or the process that was to answer it."""
-
-
-def partition_of(user: str) -> int:
-    return xxhash.xxh64_intdigest(user.encode()) >> (64 - PARTITION_BITS)
 
 
 def run(seed: int, *, traced: bool = False, standbys: bool | None = None) -> Report:
@@ -98,7 +78,7 @@ def run(seed: int, *, traced: bool = False, standbys: bool | None = None) -> Rep
     report = Report(seed)
     loop = SimulatedLoop()
     try:
-        world = _World(seed, loop, report, traced=traced, standbys=standbys)
+        world = World(seed, loop, report, traced=traced, standbys=standbys)
         with world.small_parts():
             try:
                 loop.run_until_complete(world.run())
@@ -110,7 +90,7 @@ def run(seed: int, *, traced: bool = False, standbys: bool | None = None) -> Rep
     return report
 
 
-class _World:
+class World:
     def __init__(self, seed: int, loop: SimulatedLoop, report: Report, *, traced: bool, standbys: bool | None) -> None:
         self.random = Random(seed)
         self.loop = loop
@@ -118,9 +98,9 @@ class _World:
         self._report = report
         self._traced = traced
         self.calm = False
+        """Whether nothing goes wrong any more."""
         self.failure: Exception | None = None
         """Of a shard that has ended by itself, to which nothing gave a reason."""
-        """Whether nothing goes wrong any more."""
         self.numbers = itertools.count(1)
         self.dead: set[int] = set()
         """Processes that have ended. Their tasks are cancelled, and what they would do then is not done."""
@@ -128,15 +108,15 @@ class _World:
         self.slowest_s = self.random.choice((0.002, 0.02))
         drawn = self.random.random() < 0.7
         self.has_standbys = drawn if standbys is None else standbys
-        self.memory = _Memory(self)
+        self.memory = Memory(self)
         self.disks: dict[tuple[int, str], CrashingFileSystem] = {}
         """By shard and machine."""
-        self.current: dict[tuple[int, str], _Process] = {}
+        self.current: dict[tuple[int, str], ShardProcess] = {}
         """By shard and machine: the process that the coordinator reaches."""
         self.handed_over: set[str] = set()
         """Replications whose standbys were promoted."""
-        self.by_address: dict[str, _Process] = {}
-        self.coordinator: _CoordinatorProcess | None = None
+        self.by_address: dict[str, ShardProcess] = {}
+        self.coordinator: CoordinatorProcess | None = None
         self.acknowledged: dict[int, tuple[int, str]] = {}
         """By partition: the epoch and the process that acknowledged last."""
         self.owners_of_epoch: dict[tuple[int, int], str] = {}
@@ -185,7 +165,9 @@ class _World:
 
     # --- messages ---
 
-    async def deliver(self, find: Callable[[], _Process | None], work: Callable[[_Process], Awaitable[Any]]) -> Any:
+    async def deliver(
+        self, find: Callable[[], ShardProcess | None], work: Callable[[ShardProcess], Awaitable[Any]]
+    ) -> Any:
         """Has a process do something, as a message to it does: the message or the answer may get lost, or come late.
         Who no longer waits for the answer does not keep the work from being done."""
         self.check_alive()
@@ -193,10 +175,12 @@ class _World:
 
     def check_alive(self) -> None:
         """Ends the task where its process has ended."""
-        if _PROCESS.get() in self.dead:
+        if PROCESS.get() in self.dead:
             raise asyncio.CancelledError
 
-    async def _deliver(self, find: Callable[[], _Process | None], work: Callable[[_Process], Awaitable[Any]]) -> Any:
+    async def _deliver(
+        self, find: Callable[[], ShardProcess | None], work: Callable[[ShardProcess], Awaitable[Any]]
+    ) -> Any:
         await self._travel()
         process = find()
         if process is None or not process.alive:
@@ -229,8 +213,8 @@ class _World:
         random = self.random
         self.memory.state["ownership"] = Ownership.even(PARTITION_BITS, random.randint(1, 3))
         await self.start_coordinator()
-        senders = [_Producer(self, f"p{n}", random.randint(5, 25)) for n in range(2)]
-        callers = [_Caller(self, f"c{n}", random.randint(3, 10)) for n in range(2)]
+        senders = [Producer(self, f"p{n}", random.randint(5, 25)) for n in range(2)]
+        callers = [Caller(self, f"c{n}", random.randint(3, 10)) for n in range(2)]
         sending = [self.loop.create_task(sender.run()) for sender in (*senders, *callers)]
         trouble = [self.loop.create_task(self._trouble()), self.loop.create_task(self._changes())]
         for _ in range(random.randint(5, 25)):
@@ -259,16 +243,16 @@ class _World:
             await self._check()
 
     async def start_coordinator(self) -> None:
-        self.coordinator = _CoordinatorProcess(self)
+        self.coordinator = CoordinatorProcess(self)
         await self.coordinator.start()
 
     def start_shard(self, shard_id: int, machine: str, lock: str = "") -> None:
-        process = _Process(self, shard_id, machine, lock or f"lock of {shard_id} on {machine}")
+        process = ShardProcess(self, shard_id, machine, lock or f"lock of {shard_id} on {machine}")
         self.current[shard_id, machine] = process
         self.by_address[process.address] = process
         process.start()
 
-    def restart(self, process: _Process) -> None:
+    def restart(self, process: ShardProcess) -> None:
         """The process ends by itself, and is started again."""
 
         async def restart() -> None:
@@ -277,7 +261,7 @@ class _World:
 
         self._restarting = self.loop.create_task(restart(), context=contextvars.Context())
 
-    def _start_again(self, process: _Process) -> None:
+    def _start_again(self, process: ShardProcess) -> None:
         place = process.shard_id, process.machine
         if process.shard_id in self.memory.shard_ids() and place in self.disks and self.current.get(place) is process:
             self.start_shard(*place)
@@ -286,7 +270,7 @@ class _World:
         random = self.random
         kinds = ["kill", "crash", "stop", "replace", "coordinator", "memory", "snapshot", "nothing"]
         if self.has_standbys:
-            kinds += ["burn", "burn"]
+            kinds += ["burn", "burn", "twice"]
         while True:
             await asyncio.sleep(random.random() * 1.5)
             what = random.choice(kinds)
@@ -306,7 +290,7 @@ class _World:
             else:
                 await self._hurt(random.choice(alive), what)
 
-    async def _hurt(self, process: _Process, what: str) -> None:
+    async def _hurt(self, process: ShardProcess, what: str) -> None:
         random = self.random
         self.trace(f"{what} of shard {process.shard_id} at {process.address}")
         if what in ("kill", "crash"):
@@ -314,6 +298,15 @@ class _World:
             await process.end(power=what == "crash")
             await asyncio.sleep(random.random())
             self._start_again(process)
+        elif what == "twice":
+            # Back before anyone has taken its place, and gone again before all is as it was.
+            self.seen["shards killed twice"] += 1
+            await process.end(power=False)
+            self._start_again(process)
+            await asyncio.sleep(random.random())
+            again = self.current.get((process.shard_id, process.machine))
+            if again is not None and again.alive:
+                await self._hurt(again, "kill")
         elif what == "stop":
             self.seen["shards stopped"] += 1
             self._stopped = process.stop_for(random.random() * 2 * LEASE_S)
@@ -396,7 +389,7 @@ class _World:
 
     # --- what must hold ---
 
-    def note_acknowledged(self, process: _Process, users: Sequence[str], epoch: int) -> None:
+    def note_acknowledged(self, process: ShardProcess, users: Sequence[str], epoch: int) -> None:
         """The process has decided to acknowledge events of these users, sent by this epoch."""
         for partition in {partition_of(user) for user in users}:
             before = self.acknowledged.get(partition)
@@ -476,647 +469,3 @@ class _World:
 
 async def _as_coroutine(work: Awaitable[Any]) -> Any:
     return await work
-
-
-class _Memory:
-    """What outlasts coordinators: each write takes its time, and is done at some moment of it."""
-
-    def __init__(self, world: _World) -> None:
-        self._world = world
-        self.state: dict[str, Any] = {"epoch": 0, "holders": {}, "places": Places()}
-        self.fail_next: OSError | None = None
-
-    def shard_ids(self) -> list[int]:
-        return list(self.state["ownership"].shard_ids)
-
-    async def epoch(self, epoch: int) -> None:
-        await self._write("epoch", epoch)
-
-    async def holders(self, holders: Mapping[int, Holder]) -> None:
-        await self._write("holders", dict(holders))
-
-    async def ownership(self, ownership: Ownership) -> None:
-        assert Ownership.decode(ownership.encode()) == ownership
-        await self._write("ownership", ownership)
-
-    async def places(self, places: Places) -> None:
-        assert Places.decode(places.encode()) == places
-        await self._write("places", places)
-
-    async def _write(self, name: str, value: Any) -> None:
-        random = self._world.random
-        self._world.check_alive()
-        failure, self.fail_next = self.fail_next, None
-        await asyncio.sleep(random.random() * 0.002)
-        self._world.check_alive()
-        # A failed write may be there all the same, unless it is the disk that had no room.
-        if failure is None or (not isinstance(failure, DiskFull) and random.random() < 0.5):
-            self.state[name] = value
-        await asyncio.sleep(random.random() * 0.002)
-        if failure is not None:
-            self._world.seen["memory failed"] += 1
-            raise failure
-
-
-class _Process:
-    """One process of a shard."""
-
-    def __init__(self, world: _World, shard_id: int, machine: str, lock: str) -> None:
-        self.world = world
-        self.shard_id = shard_id
-        self.machine = machine
-        self.lock = lock
-        self.number = next(world.numbers)
-        self.address = f"host:{self.number}"
-        self.context = contextvars.copy_context()
-        self.context.run(_PROCESS.set, self.number)
-        self.alive = True
-        self.death: asyncio.Future[None] = world.loop.create_future()
-        self.health = Health()
-        self.lease = Lease(world.clock, self.address)
-        self.shard: Shard | None = None
-        self.disk = world.disks.setdefault((shard_id, machine), CrashingFileSystem(world.random.getrandbits(32)))
-        self._stops = 0
-        self._awake = asyncio.Event()
-        self._awake.set()
-        self._epoch, self._owned = 0, list[int]()
-
-    def start(self) -> None:
-        self._living = self.world.loop.create_task(self._live(), context=self.context)
-
-    async def _live(self) -> None:
-        try:
-            await self._recover_and_serve()
-        except Replaced:
-            self.world.seen["owners replaced by their standbys"] += 1
-            self.world.restart(self)
-        except Exception as error:  # noqa: BLE001  Whatever it is, it ends a real one.
-            if self.alive:
-                self.world.failure = self.world.failure or error
-
-    async def _recover_and_serve(self) -> None:
-        world = self.world
-        await asyncio.sleep(world.random.random() * 0.2)
-        found = await shards.recovered(
-            self.disk,
-            SCHEMA,
-            gate=self._work,  # type: ignore[arg-type]
-            partition_bits=PARTITION_BITS,
-            directory=Path(f"/data/shard-{self.shard_id}"),
-        )
-        world.seen["recoveries"] += 1
-        shard = shards.make_shard(
-            found,
-            shard_id=self.shard_id,
-            owned=(),
-            epoch=0,
-            partition_bits=PARTITION_BITS,
-            health=self.health,
-            lease=self.lease,
-            snapshot_log_bytes=world.random.choice((2000, 1 << 40)),
-        )
-        shard.update_topology(self._epoch, self._owned)
-        self.shard = shard
-        await shard.run()
-
-    async def _work(self, work: Callable[[], Any]) -> Any:
-        await self.awake()
-        await asyncio.sleep(self.world.random.random() * 0.002)
-        return work()
-
-    async def awake(self) -> None:
-        """Returns when the process runs."""
-        await self._awake.wait()
-
-    def stop_for(self, seconds: float) -> asyncio.Task[None]:
-        async def wake() -> None:
-            await asyncio.sleep(seconds)
-            self._stops -= 1
-            if not self._stops:
-                self._awake.set()
-
-        self._stops += 1
-        self._awake.clear()
-        return self.world.loop.create_task(wake(), context=contextvars.Context())
-
-    async def end(self, *, power: bool) -> None:
-        """As SIGKILL, or with its machine."""
-        if not self.alive:
-            return
-        self.alive = False
-        place = self.shard_id, self.machine
-        if self.world.disks.get(place) is self.disk:
-            self.world.disks[place] = self.disk.crash() if power else self.disk.kill()
-        self.world.by_address.pop(self.address, None)
-        self.death.set_result(None)
-        # Whoever waits for it to wake hears that it has ended.
-        self._awake.set()
-        self.world.dead.add(self.number)
-        await _end_tasks(self.world.loop, self.number)
-
-    # What the coordinator asks for.
-
-    async def describe(self, grant: Grant | None) -> _Description:
-        if grant is not None:
-            self.lease.take(grant)
-        epoch = self._epoch if self.shard is None else self.shard.epoch
-        state = "recovering" if self.shard is None else self.health.state
-        lock = "" if self.shard is None else self.lock
-        return _Description(
-            self.address,
-            epoch,
-            state,
-            self.lease.incarnation,
-            lock,
-            self.lease.ask(),
-            self.shipping,
-            self.shard is not None and self.following.promoted,
-        )
-
-    async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
-        if self.shard is not None:
-            self.shard.update_topology(epoch, owned)
-        elif epoch > self._epoch:
-            self._epoch, self._owned = epoch, list(owned)
-
-    @property
-    def running(self) -> Shard:
-        if self.shard is None:
-            raise Unavailable("it recovers", 0.1)
-        return self.shard
-
-    @property
-    def log(self) -> ReplicatedLog:
-        log = self.running._log
-        assert isinstance(log, ReplicatedLog)
-        return log
-
-    @property
-    def shipping(self) -> Shipping:
-        return Shipping() if self.shard is None else self.log.shipping
-
-    @property
-    def following(self) -> Following:
-        following = self.running.following
-        assert following is not None
-        return following
-
-    async def follow(self, replication: str, incarnation: str) -> None:
-        following = self._followed(incarnation)
-        if self.lease.was_held or self.running.owns_any:
-            self.world.seen["owners replaced by their standbys"] += 1
-            self.world.restart(self)
-            raise Unavailable("it ends", 0.1)
-        following.expect(replication)
-
-    async def promote(self, incarnation: str) -> None:
-        following = self._followed(incarnation)
-        self.world.seen["standbys promoted"] += 1
-        self.world.handed_over.add(following.replication)
-        await following.promote()
-
-    async def replicate(self, replication: str, address: str) -> None:
-        state = self.running._state
-        assert isinstance(state, ShardState)
-        self.log.replicate(replication, _Standby(self, address), self.running, state)
-
-    async def release(self, replication: str) -> None:
-        self.world.seen["owners released"] += 1
-        self.log.release(replication)
-
-    def _followed(self, incarnation: str) -> Following:
-        if incarnation != self.lease.incarnation:
-            raise Unavailable("it is another process by now", 0.1)
-        return self.following
-
-    async def submit(self, part: ApplyPart, users: Sequence[str], epoch: int) -> None:
-        await self.running.submit([part], part.size_bytes, epoch)
-        self.world.note_acknowledged(self, users, epoch)
-
-
-@dataclass(frozen=True)
-class _Description:
-    address: str
-    epoch: int
-    state: str
-    incarnation: str
-    lock: str
-    asked_ns: int
-    shipping: Shipping
-    promoted: bool
-    node: str = "node"
-    progress: float = 1.0
-    message: str = ""
-
-
-class _Target:
-    """`moves.Target`."""
-
-    def __init__(self, sender: _Process, address: str) -> None:
-        self._sender = sender
-        self._address = address
-
-    async def receive(self, move_id: str, piece: bytes) -> None:
-        world = self._sender.world
-        await self._sender.awake()
-        try:
-            await world.deliver(
-                lambda: world.by_address.get(self._address), lambda process: process.running.receive(move_id, piece)
-            )
-        except Lost as error:
-            raise Unavailable(str(error), 0.1) from None
-        await self._sender.awake()
-
-
-class _Standby:
-    """`replication.Standby`."""
-
-    def __init__(self, sender: _Process, address: str) -> None:
-        self._sender = sender
-        self._address = address
-
-    async def take(self, replication: str, number: int, records: Sequence[Shipped]) -> None:
-        world = self._sender.world
-        message = decode(encode(replication, number, records))
-        await self._sender.awake()
-        try:
-            await world.deliver(
-                lambda: world.by_address.get(self._address), lambda process: process.running.take(*message)
-            )
-        except Lost as error:
-            raise Unavailable(str(error), 0.1) from None
-        await self._sender.awake()
-
-    async def close(self) -> None:
-        pass
-
-
-class _Control:
-    """`ShardControl`: messages to whichever process the shard has there."""
-
-    def __init__(self, world: _World, find: Callable[[], _Process | None]) -> None:
-        self._world = world
-        self._find = find
-
-    async def _call(self, work: Callable[[_Process], Awaitable[Any]]) -> Any:
-        return await self._world.deliver(self._find, work)
-
-    async def follow(self, replication: str, incarnation: str) -> None:
-        await self._call(lambda process: process.follow(replication, incarnation))
-
-    async def promote(self, incarnation: str) -> None:
-        await self._call(lambda process: process.promote(incarnation))
-
-    async def replicate(self, replication: str, address: str) -> None:
-        await self._call(lambda process: process.replicate(replication, address))
-
-    async def release(self, replication: str) -> None:
-        await self._call(lambda process: process.release(replication))
-
-    async def describe(self, grant: Grant | None) -> _Description:
-        answer: _Description = await self._call(lambda process: process.describe(grant))
-        return answer
-
-    async def update_topology(self, epoch: int, owned: Sequence[int]) -> None:
-        await self._call(lambda process: process.update_topology(epoch, owned))
-
-    async def expect(self, move_id: str, epoch: int, partitions: Sequence[int]) -> None:
-        await self._call(lambda process: process.running.moves.expect(move_id, epoch, partitions))
-
-    async def depart(self, move_id: str, epoch: int, partitions: Sequence[int], address: str) -> Departed:
-        departed: Departed = await self._call(
-            lambda process: process.running.moves.depart(move_id, epoch, partitions, _Target(process, address))
-        )
-        return departed
-
-    async def finish(self, move_id: str) -> Departed:
-        departed: Departed = await self._call(lambda process: process.running.moves.finish(move_id))
-        return departed
-
-    async def clean(self, partitions: Sequence[int]) -> None:
-        await self._call(lambda process: process.running.moves.clean(partitions))
-
-    async def sums(self) -> bytes:
-        async def sums(process: _Process) -> bytes:
-            return process.running.moves.sums()
-
-        answer: bytes = await self._call(sums)
-        return answer
-
-    async def adopt(self, sums: bytes) -> None:
-        await self._call(lambda process: process.running.moves.adopt(sums))
-
-    async def population_state(self) -> bytes:
-        async def state(process: _Process) -> bytes:
-            return process.running.population_state()
-
-        answer: bytes = await self._call(state)
-        return answer
-
-    async def set_population(self, states: Sequence[bytes]) -> None:
-        pass
-
-
-class _CoordinatorProcess:
-    """One process of the coordinator."""
-
-    def __init__(self, world: _World) -> None:
-        self._world = world
-        self._number = next(world.numbers)
-        self._context = contextvars.copy_context()
-        self._context.run(_PROCESS.set, self._number)
-        self.alive = True
-        self.coordinator: Coordinator | None = None
-        self.mover: Mover | None = None
-        self._started: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        world, state = self._world, self._world.memory.state
-        world.trace("a coordinator starts")
-        ownership: Ownership = state["ownership"]
-        self._register = PlaceRegister(state["places"], world.memory.places)
-        controls: dict[int, Any] = {shard_id: self._control(shard_id) for shard_id in ownership.shard_ids}
-        leases = Leases(LEASE_S, world.clock, state["holders"])
-        replicas = Replicas(self._register, lambda shard_id: _Control(world, lambda: self._standby_or_none(shard_id)))
-        self.coordinator = Coordinator(
-            ownership, PARTITION_BITS, max(1, state["epoch"]), controls, 0.5, world.memory, leases, replicas
-        )
-        self._placing = world.loop.create_task(self._place(), context=self._context)
-        self.mover = Mover(self.coordinator, self)
-        self._started = world.loop.create_task(self._begin(), context=self._context)
-
-    async def _begin(self) -> None:
-        assert self.coordinator is not None
-        assert self.mover is not None
-        await self.coordinator.start()
-        await self._attempt(self.mover.resume)
-
-    def _control(self, shard_id: int) -> _Control:
-        return _Control(self._world, lambda: self._owner_or_none(shard_id))
-
-    def _owner_or_none(self, shard_id: int) -> _Process | None:
-        home = self._register.places.homes.get(shard_id)
-        return None if home is None else self._world.current.get((shard_id, home))
-
-    def _standby_or_none(self, shard_id: int) -> _Process | None:
-        standby = self._register.places.standbys.get(shard_id)
-        return None if standby is None else self._world.current.get((shard_id, standby.node))
-
-    def owner(self, shard_id: int) -> _Process:
-        found = self._owner_or_none(shard_id)
-        assert found is not None
-        return found
-
-    def standby(self, shard_id: int) -> _Process:
-        found = self._standby_or_none(shard_id)
-        assert found is not None
-        return found
-
-    async def _place(self) -> None:
-        """As Fleet: sees to it that shards and standbys have machines, and processes there."""
-        assert self.coordinator is not None
-        while True:
-            for shard_id in list(self.coordinator.ownership.shard_ids):
-                with contextlib.suppress(OSError):
-                    await self._settle(shard_id)
-            await asyncio.sleep(0.2)
-
-    async def _settle(self, shard_id: int) -> None:
-        world, register = self._world, self._register
-        if shard_id not in register.places.homes:
-            chosen = world.random.choice(MACHINES)
-            world.disks.setdefault((shard_id, chosen), CrashingFileSystem(world.random.getrandbits(32)))
-            await register.change(lambda places: places.with_home(shard_id, chosen))
-        home, standby = register.places.homes[shard_id], register.places.standbys.get(shard_id)
-        self._ensure(shard_id, home)
-        if not world.has_standbys:
-            return
-        burnt = standby is not None and (shard_id, standby.node) not in world.disks
-        if standby is None or (burnt and not standby.in_sync):
-            other = world.random.choice([machine for machine in MACHINES if machine != home])
-            world.disks.setdefault((shard_id, other), CrashingFileSystem(world.random.getrandbits(32)))
-            await register.change(
-                lambda places: places.with_standby(shard_id, other) if places.homes[shard_id] != other else places
-            )
-        if (standby := register.places.standbys.get(shard_id)) is not None:
-            self._ensure(shard_id, standby.node)
-
-    async def topology(self) -> Topology:
-        """As CoordinatorActor.topology."""
-        assert self.coordinator is not None
-        if not self.alive or self.coordinator.topology.epoch <= 1:
-            raise Lost("no coordinator")
-        async with self.coordinator.changing:
-            return self.coordinator.topology
-
-    async def do(self, change: Callable[[], Awaitable[Any]]) -> None:
-        """A change that somebody asks for; returns when it has ended, or this process."""
-        assert self._started is not None
-        task = self._world.loop.create_task(self._attempt(change, after=self._started), context=self._context)
-        await asyncio.wait([task])
-
-    async def _attempt(self, change: Callable[[], Awaitable[Any]], after: asyncio.Task[None] | None = None) -> None:
-        if after is not None:
-            await asyncio.wait([after])
-        world = self._world
-        try:
-            await change()
-            world.seen["changes done"] += 1
-        except ProfileServiceError as error:
-            world.trace(f"a change is not done: {error}")
-            world.seen["changes not done"] += 1
-        except OSError as error:
-            world.trace(f"a change is not done: {error}")
-        except Undecided:
-            world.seen["undecided"] += 1
-            self._restarting = world.loop.create_task(self._restart(), context=contextvars.Context())
-
-    async def _restart(self) -> None:
-        if self.alive:
-            await self.kill()
-            await self._world.start_coordinator()
-
-    async def settled(self) -> None:
-        """Returns when every shard serves, has its lease, and nothing is left to be done."""
-        world = self._world
-        assert self.coordinator is not None
-        assert self.mover is not None
-        while True:
-            await asyncio.sleep(0.2)
-            shard_ids = self.coordinator.ownership.shard_ids
-            processes = [self._owner_or_none(shard_id) for shard_id in shard_ids]
-            epoch = self.coordinator.topology.epoch
-            ready = all(p and p.shard and p.shard.epoch == epoch and p.lease.is_held for p in processes)
-            if ready and self._started is not None and self._started.done():
-                await self.mover.resume()
-                if self.coordinator.ownership.leftovers or self.coordinator.topology.epoch != epoch:
-                    continue
-                standbys = [self._register.places.standbys.get(shard_id) for shard_id in shard_ids]
-                if not world.has_standbys or all(standby is not None and standby.in_sync for standby in standbys):
-                    return
-
-    async def kill(self) -> None:
-        self.alive = False
-        self._world.dead.add(self._number)
-        await _end_tasks(self._world.loop, self._number)
-
-    # `ShardFactory`
-
-    def create(self, shard_id: int) -> _Control:
-        self._world.seen["shards added"] += 1
-        return self._control(shard_id)
-
-    def _ensure(self, shard_id: int, machine: str) -> None:
-        place = shard_id, machine
-        if place not in self._world.current and place in self._world.disks:
-            self._world.start_shard(*place)
-
-    async def remove(self, shard_id: int) -> None:
-        self._world.seen["shards retired"] += 1
-        for place in [place for place in self._world.current if place[0] == shard_id]:
-            process = self._world.current.pop(place)
-            # From outside: what ends a process is not part of it.
-            ending = self._world.loop.create_task(process.end(power=False), context=contextvars.Context())
-            await asyncio.wait([ending])
-        for place in [place for place in self._world.disks if place[0] == shard_id]:
-            del self._world.disks[place]
-        with contextlib.suppress(OSError):
-            await self._register.change(lambda places: places.without(shard_id))
-
-
-class _Sender:
-    """Whoever sends batches, one after the other, each until it is acknowledged by all owners."""
-
-    def __init__(self, world: _World, name: str, batches: int) -> None:
-        self.world = world
-        self.name = name
-        self.batches = batches
-        self._topology: Topology | None = None
-        self._acknowledged: Counter[str] = Counter()
-
-    async def run(self) -> None:
-        random = self.world.random
-        for number in range(1, self.batches + 1):
-            await asyncio.sleep(random.random())
-            users = [random.choice(USERS) for _ in range(random.randint(1, 12))]
-            events = [(user, f"{self.name}-{number}-{n}") for n, user in enumerate(users)]
-            self.world.counts.update(users)
-            while not await self._attempt(number, events):  # noqa: ASYNC110  # The time is made up.
-                await asyncio.sleep(random.random() * 0.1)
-            self._acknowledged.update(users)
-            await self._read(random.choice(users))
-            if random.random() < 0.2:
-                # Nobody has told it that it is acknowledged.
-                self.world.seen["batches sent again"] += 1
-                await self._attempt(number, events)
-
-    def part(self, number: int, events: Sequence[tuple[str, str]]) -> ApplyPart:
-        raise NotImplementedError
-
-    async def _refresh(self) -> None:
-        coordinator = self.world.coordinator
-        if coordinator is not None:
-            with contextlib.suppress(TimeoutError, Lost):
-                async with asyncio.timeout(1.0):
-                    self._topology = await coordinator.topology()
-
-    async def _attempt(self, number: int, events: Sequence[tuple[str, str]]) -> bool:
-        world = self.world
-        if self._topology is None or world.random.random() < 0.1:
-            await self._refresh()
-        topology = self._topology
-        if topology is None:
-            return False
-        by_owner: dict[int, list[tuple[str, str]]] = {}
-        for event in events:
-            by_owner.setdefault(topology.owner_of(partition_of(event[0])), []).append(event)
-        if len(by_owner) > 1:
-            world.seen["batches of several owners"] += 1
-        sent = [self._send(topology, owner, number, part) for owner, part in by_owner.items()]
-        done = all(await asyncio.gather(*sent))
-        if not done:
-            await self._refresh()
-        return done
-
-    async def _send(self, topology: Topology, owner: int, number: int, events: Sequence[tuple[str, str]]) -> bool:
-        world = self.world
-        (place,) = [shard.address for shard in topology.shards if shard.shard_id == owner]
-        users = [user for user, _ in events]
-        part = self.part(number, events)
-        try:
-            async with asyncio.timeout(2.0):
-                await world.deliver(
-                    lambda: world.by_address.get(place), lambda process: process.submit(part, users, topology.epoch)
-                )
-        except (Lost, TimeoutError, ProfileServiceError) as error:
-            world.trace(f"{self.name}/{number} to shard {owner} at {place}, epoch {topology.epoch}: {error!r}")
-            return False
-        world.trace(f"{self.name}/{number} acknowledged by shard {owner} at {place}, epoch {topology.epoch}")
-        return True
-
-    async def _read(self, user: str) -> None:
-        """What was acknowledged to this sender is read by it."""
-        topology, world = self._topology, self.world
-        assert topology is not None
-        (place,) = [s.address for s in topology.shards if s.shard_id == topology.owner_of(partition_of(user))]
-
-        async def read(process: _Process) -> int:
-            (encoded,) = process.running.read([user], [], topology.epoch)
-            return profile_pb2.Profile.FromString(encoded).event_count
-
-        try:
-            count = await world.deliver(lambda: world.by_address.get(place), read)
-        except (Lost, ProfileServiceError):
-            return
-        world.seen["reads"] += 1
-        if count < self._acknowledged[user]:
-            raise Violation(f"{user} has {count} events, {self._acknowledged[user]} were acknowledged to {self.name}")
-
-
-class _Producer(_Sender):
-    """Names itself and numbers its batches."""
-
-    def part(self, number: int, events: Sequence[tuple[str, str]]) -> ApplyPart:
-        return _part(events, producer_id=self.name, sequence=number, acknowledged=number - 1)
-
-
-class _Caller(_Sender):
-    """Names each request, or each event."""
-
-    def part(self, number: int, events: Sequence[tuple[str, str]]) -> ApplyPart:
-        if number % 2:
-            return _part(events, producer_id=f"request:{self.name}-{number}")
-        return _part(events, event_ids=True)
-
-
-def _part(
-    events: Sequence[tuple[str, str]],
-    *,
-    producer_id: str = "",
-    sequence: int = 0,
-    acknowledged: int = 0,
-    event_ids: bool = False,
-) -> ApplyPart:
-    request = event_service_pb2.IngestEventsRequest()
-    for user, event_id in events:
-        event = request.events.add(user_id=user, type="view", event_id=event_id if event_ids else "")
-        event.attributes.update({"color": "red", "price": 10.0, "item": f"item of {event_id}"})
-    return ApplyPart(
-        producer_id=producer_id,
-        sequence=sequence,
-        acknowledged_sequence=acknowledged,
-        arrival_time_ns=BEGINNING_NS,
-        events=request.SerializeToString(),
-        event_count=len(events),
-    )
-
-
-async def _end_tasks(loop: SimulatedLoop, number: int) -> None:
-    for _ in range(100):
-        left = [task for task, context in loop.live_tasks() if context.get(_PROCESS) == number]
-        if not left:
-            return
-        for task in left:
-            task.cancel()
-        await asyncio.sleep(0)
-    raise Violation(f"tasks of a dead process go on: {left}")

@@ -49,6 +49,7 @@ REACHED = (
     "reads",
     "recoveries",
     "shards added",
+    "shards killed twice",
     "shards retired",
     "shards replaced",
     "shards stopped",
