@@ -3,6 +3,10 @@ whatever the service itself listens on. It ends with this process, however that 
 which hold nothing of ours, look for the rest of it for another minute.
 
 Nothing of it is shared: another Ray on the machine, or in the environment's RAY_ADDRESS, is left alone.
+
+Two of Ray's processes are not started, by what is inside of the Ray that is pinned, for which there are no arguments:
+the autoscaler, of which one machine has no use, and the API server, which without the dashboard has none either, but is
+waited for.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ import secrets
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import MIB
@@ -43,17 +49,18 @@ class EmbeddedRay:
         on_main_thread = threading.current_thread() is threading.main_thread()
         handler = signal.getsignal(signal.SIGTERM) if on_main_thread else None
         try:
-            ray.init(
-                address="local",
-                # One started worker process for each actor: they wait for the actors, not the other way round.
-                num_cpus=workers,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                configure_logging=False,
-                log_to_driver=True,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self._scratch.path),
-            )
+            with _without_unused_processes():
+                ray.init(
+                    address="local",
+                    # One started worker process for each actor: they wait for the actors, not the other way round.
+                    num_cpus=workers,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    configure_logging=False,
+                    log_to_driver=True,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(self._scratch.path),
+                )
         except BaseException:
             self._scratch.remove()
             raise
@@ -69,6 +76,25 @@ class EmbeddedRay:
         self._scratch.remove()
 
 
+@contextmanager
+def _without_unused_processes() -> Iterator[None]:
+    """Has `ray.init` start a head without autoscaler and API server."""
+    from ray._private import node
+
+    class Head(node.Node):  # type: ignore[misc]
+        def start_monitor(self) -> None:
+            pass
+
+        def start_api_server(self, **_: object) -> None:
+            self._webui_url = ""
+
+    before, node.Node = node.Node, Head
+    try:
+        yield
+    finally:
+        node.Node = before
+
+
 def prepare_environment() -> None:
     """What Ray has no arguments for. Its processes and the actors inherit it."""
     for name, value in {
@@ -80,8 +106,6 @@ def prepare_environment() -> None:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # Ray would have actors yield to everything else on the machine, a producer beside them first.
         "RAY_worker_niceness": "0",
-        # Any free port, so that two services can run side by side.
-        "AUTOSCALER_METRIC_PORT": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Our processes' log lines say themselves where they are from.
         "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
