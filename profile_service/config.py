@@ -61,6 +61,9 @@ class Capacity:
     """Rows of an external store that a shard keeps near, about; those that were used lately."""
 
 
+LOCAL = "local"
+"""The store that is none: profiles live in the shards and their data directory."""
+
 SyncMode = Literal["always", "interval", "never"]
 """When the log reaches the disk: before each acknowledgement; every `sync_interval_s`; when the operating system likes.
 Whichever it is, what is acknowledged was given to the operating system and outlasts the process."""
@@ -70,10 +73,11 @@ Whichever it is, what is acknowledged was given to the operating system and outl
 class Storage:
     """Where events and profiles are kept, and how soon. All of it may change at a restart."""
 
-    store: str = "local"
+    store: str = LOCAL
     """Where profiles live: `local`, in the shards and their data directory; or the URL of a Redis or Valkey."""
     data_dir: Path | None = None
-    """Directory of log and snapshots; None takes a temporary one, which is gone after a clean stop."""
+    """Directory of log and snapshots; None takes a temporary one, which is gone after a clean stop. With a store it
+    holds who owns what, and nothing of a profile."""
     sync: SyncMode = "always"
     sync_interval_s: float = 1.0
     """With `interval`: a power failure loses at most so many seconds of acknowledged events."""
@@ -94,13 +98,11 @@ class Storage:
     @property
     def is_local(self) -> bool:
         """Whether profiles live in the shards."""
-        return self.store == "local"
+        return self.store == LOCAL
 
     def validate(self) -> list[str]:
         """Everything that is wrong with it, for people, by flag; empty when nothing is."""
         faults = []
-        if not self.is_local and self.data_dir is not None:
-            faults.append("--data-dir: with --store everything is in the store; leave it out")
         if self.replicas not in (0, 1):
             faults.append(f"--replicas: must be 0 or 1, is {self.replicas}")
         elif self.replicas and not self.is_local:

@@ -1,8 +1,8 @@
 """The service on a Ray cluster that runs already: started, updated, stopped. What is started stays when this process
 ends.
 
-    nothing runs yet    the coordinator's directory is made or opened on the head node; the coordinator is started
-                        there, and starts the rest (`cluster.fleet`)
+    nothing runs yet    the coordinator's directory is made or opened on the head node, and a store is made ready; the
+                        coordinator is started there, and starts the rest (`cluster.fleet`)
     it runs already     a coordinator with the new plan takes the place of the one that is there, which callers do not
                         notice, and replaces frontends and shards one by one
 
@@ -12,6 +12,7 @@ on the directory, the choice of ports.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from profile_service.cluster.plan import NodeStanding, Plan
-from profile_service.config import Settings
-from profile_service.domain.schema import load_schema
+from profile_service.config import LOCAL, Fixed, Settings
+from profile_service.domain.schema import Schema, load_schema, parse_schema
 from profile_service.errors import StartupError
-from profile_service.launcher import DEFAULT_SCHEMA, Tell, check_schema, drain, wait_until_ready
+from profile_service.launcher import (
+    DEFAULT_SCHEMA,
+    Tell,
+    check_schema,
+    drain,
+    opened_store,
+    prepare_store,
+    wait_until_ready,
+)
+from profile_service.shard.store_opening import shown_store
 
 if TYPE_CHECKING:
     from profile_service.storage.data_directory import Manifest
@@ -43,7 +53,13 @@ NODES_POLL_S = 1.0
 
 
 def deploy(
-    address: str, settings: Settings, resource: str, nodes: int, tell: Tell, stopped: Callable[[], bool]
+    address: str,
+    settings: Settings,
+    store: str | None,
+    resource: str,
+    nodes: int,
+    tell: Tell,
+    stopped: Callable[[], bool],
 ) -> list[NodeStanding]:
     """Starts the service on the cluster, or brings the one that runs there to these settings; returns when all of it
     serves, or when it is told to stop waiting.
@@ -51,6 +67,7 @@ def deploy(
     Args:
         address: of the Ray cluster: "auto", or host:port of its head.
         settings: `storage.data_dir` is the directory on each node, where None takes DEFAULT_DATA_DIR there.
+        store: as `storage.store`; None takes what the running service has, and LOCAL where none runs.
         resource: of Ray, by which shards are spread.
         nodes: so many are waited for before anything is spread over them.
         tell: hears what is being done, in a few words.
@@ -61,6 +78,7 @@ def deploy(
         SchemaError: the schema file has faults.
     """
     schema = load_schema(settings.schema_path if settings.schema_path is not None else DEFAULT_SCHEMA)
+    settings = replace(settings, storage=replace(settings.storage, store=store or LOCAL))
     if faults := settings.storage.validate():
         raise StartupError("; ".join(faults))
     with _connected(address):
@@ -73,19 +91,28 @@ def deploy(
             return []
         head = _head()
         running = _coordinator()
+        first_epoch = 0
         if running is None:
             tell("looking at the head node's directory")
             data_dir = settings.storage.data_dir or DEFAULT_DATA_DIR
             settings = replace(settings, storage=replace(settings.storage, data_dir=data_dir))
-            manifest, served = _prepare(head, settings, resource)
+            if settings.storage.is_local:
+                manifest, served = _prepare(head, settings, resource)
+                check_schema(schema, served, settings)
+            else:
+                _check_nothing_runs()
+                settings = replace(settings, fixed=asyncio.run(_fixed_by_store(settings)))
+                manifest, _ = _prepare(head, settings, resource)
+                first_epoch = asyncio.run(_take_store(settings, schema, manifest, tell, stopped))
         else:
             tell("asking the running service what it runs with")
-            manifest, settings, served = _as_running(running, settings)
-        check_schema(schema, served, settings)
-        if running is not None:
+            manifest, settings, served = _as_running(running, settings, store)
+            _check_change(schema, served, settings)
             _end(running)
         generation = f"{time.time_ns():x}"
-        plan = Plan(schema.text, settings, manifest, FrontendActor, generation, resource=resource)
+        plan = Plan(
+            schema.text, settings, manifest, FrontendActor, generation, first_epoch=first_epoch, resource=resource
+        )
         tell("starting the coordinator")
         coordinator = create_coordinator(CoordinatorActor, plan, head["Resources"].get("CPU", 0.0))
         ready = wait_until_ready(coordinator, tell, stopped)
@@ -176,7 +203,13 @@ def _prepare(head: dict[str, Any], settings: Settings, resource: str) -> tuple[M
 
     try:
         found: tuple[Manifest, str | None] = ray.get(
-            run_on_node(head["NodeID"], prepare_head, settings, settings.shards or _default_shards(resource)),
+            run_on_node(
+                head["NodeID"],
+                prepare_head,
+                settings,
+                settings.shards or _default_shards(resource),
+                shown_store(settings),
+            ),
             timeout=TASK_TIMEOUT_S,
         )
     except ray.exceptions.RayTaskError as error:
@@ -190,6 +223,64 @@ def _prepare(head: dict[str, Any], settings: Settings, resource: str) -> tuple[M
     return found
 
 
+def _check_nothing_runs() -> None:
+    """Shards that have outlived their coordinator go on: what is stored must not change under them."""
+    from profile_service.cluster.processes import find_processes
+
+    if find_processes():
+        raise StartupError(
+            "processes of a service are there, and no coordinator: end them with `profile-service undeploy` first"
+        )
+
+
+async def _fixed_by_store(settings: Settings) -> Fixed:
+    """What a store was made with; the settings' where it never was."""
+    async with opened_store(settings) as store:
+        meta = await store.read_meta()
+    return settings.fixed if meta is None else Fixed(meta.partition_bits)
+
+
+async def _take_store(
+    settings: Settings, schema: Schema, manifest: Manifest, tell: Tell, stopped: Callable[[], bool]
+) -> int:
+    """Makes the store ready for the schema, while no other service has it; returns the highest epoch that it knows
+    of."""
+    async with opened_store(settings) as store:
+        from profile_service.cluster.store_lease import StoreLease
+
+        lease = StoreLease.of_deployment(store.url, manifest.id)
+        await lease.take(store, tell, stopped)
+        try:
+            _, epoch = await prepare_store(store, schema, settings, tell)
+        finally:
+            # The coordinator renews it, as the same service.
+            await asyncio.to_thread(lease.pass_on)
+    return epoch
+
+
+def _check_change(schema: Schema, served: str, settings: Settings) -> None:
+    """Refuses a schema that a running service cannot be brought to."""
+    if settings.storage.is_local:
+        check_schema(schema, served, settings)
+    elif parse_schema(served, "the schema that is served").fingerprint != schema.fingerprint:
+        raise StartupError(
+            "the schema has changed, and rows in a store are brought to it while no service runs: run "
+            "`profile-service undeploy`, then `profile-service deploy` with --store"
+        )
+    else:
+        asyncio.run(_check_layout(schema, settings))
+
+
+async def _check_layout(schema: Schema, settings: Settings) -> None:
+    """Refuses a version of the package that lays rows out otherwise than those that are stored."""
+    async with opened_store(settings) as store:
+        from profile_service.shard.stored_schema import check_layout
+
+        meta = await store.read_meta()
+        if meta is not None:
+            check_layout(store, meta, schema)
+
+
 def _default_shards(resource: str) -> int:
     """Three for every four of the resource that the cluster has now, at least one: as `serve` does."""
     import ray
@@ -198,7 +289,7 @@ def _default_shards(resource: str) -> int:
     return max(1, round(0.75 * amount))
 
 
-def _as_running(coordinator: Any, settings: Settings) -> tuple[Manifest, Settings, str]:
+def _as_running(coordinator: Any, settings: Settings, store: str | None) -> tuple[Manifest, Settings, str]:
     """The settings for an update, and what the service runs with. Raises StartupError where that cannot change."""
     import ray
 
@@ -208,7 +299,16 @@ def _as_running(coordinator: Any, settings: Settings) -> tuple[Manifest, Setting
         raise StartupError(
             f"the running service has its data in {before.storage.data_dir}, not in {data_dir}; leave --data-dir out"
         )
-    return manifest, replace(settings, storage=replace(settings.storage, data_dir=before.storage.data_dir)), schema
+    kept = before.storage.store if store is None else store
+    if shown_store(replace(before, storage=replace(before.storage, store=kept))) != shown_store(before):
+        raise StartupError(
+            f"the running service has its profiles in {shown_store(before)}; leave --store out, or take them elsewhere "
+            "with `profile-service migrate` while it does not run"
+        )
+    storage = replace(settings.storage, data_dir=before.storage.data_dir, store=kept)
+    if faults := storage.validate():
+        raise StartupError("; ".join(faults))
+    return manifest, replace(settings, storage=storage, fixed=before.fixed), schema
 
 
 def _scale(coordinator: Any, shards: int | None) -> None:

@@ -9,11 +9,12 @@ they hold: they are waited for as long as anything moves.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,6 +35,7 @@ from profile_service.storage.fs import DiskFull, LockHeld, RealFileSystem
 
 if TYPE_CHECKING:
     from profile_service.cluster.coordinator import Standing
+    from profile_service.storage.redis_store import RedisStore
 
 DEFAULT_SCHEMA = "marketplace"
 RAY_WORKERS = 2
@@ -95,25 +97,26 @@ class Service:
             DataLoss: the data directory's own files are damaged.
         """
         schema = load_schema(settings.schema_path if settings.schema_path is not None else DEFAULT_SCHEMA)
-        if faults := settings.storage.validate():
+        faults = settings.storage.validate()
+        if not settings.storage.is_local and settings.storage.data_dir is not None:
+            faults.append("--data-dir: with --store everything is in the store; leave it out")
+        if faults:
             raise StartupError("; ".join(faults))
         service = cls()
         service._drain_timeout_s = settings.drain_timeout_s
         try:
-            followed = False
+            followed, first_epoch = False, 0
             if not settings.storage.is_local:
                 settings, first_epoch, followed = asyncio.run(service._open_store(settings, schema, progress, stopped))
             directory = service._open_directory(settings)
             if settings.storage.is_local:
                 check_schema(schema, directory.schema_text(), settings)
                 _wait_for_leftovers(directory, progress, stopped)
-            else:
-                directory.write_epoch(first_epoch)
             settings = replace(
                 _with_ports(settings, PORT_PATIENCE_S if directory.killed or followed else 0.0),
                 storage=replace(settings.storage, data_dir=directory.path),
             )
-            service._start(schema, settings, directory, progress, stopped)
+            service._start(schema, settings, directory, first_epoch, progress, stopped)
         except BaseException:
             service.stop()
             raise
@@ -150,26 +153,14 @@ class Service:
     ) -> tuple[Settings, int, bool]:
         """Takes the store for this service, and makes it ready for the schema. Returns the settings with what is fixed
         in the store, the highest epoch that it knows of, and whether another service had it until a moment ago."""
-        store = open_store(settings)
-        from profile_service.cluster.store_lease import StoreLease
-        from profile_service.shard.stored_schema import prepare
-        from profile_service.storage.redis_client import StoreFault
+        async with opened_store(settings) as store:
+            from profile_service.cluster.store_lease import StoreLease
 
-        try:
-            lease, followed = await StoreLease.take(store, progress, stopped)
+            lease = StoreLease(store.url)
+            followed = await lease.take(store, progress, stopped)
             self._held.callback(lease.release)
-            meta = await prepare(
-                store,
-                schema,
-                reset_features=settings.storage.reset_features,
-                partition_bits=settings.fixed.partition_bits,
-                progress=progress,
-            )
-            return replace(settings, fixed=Fixed(meta.partition_bits)), await store.epoch(), followed
-        except StoreFault as fault:
-            raise StartupError(f"--store: {fault.message}") from None
-        finally:
-            await store.close()
+            bits, epoch = await prepare_store(store, schema, settings, progress)
+        return replace(settings, fixed=Fixed(bits)), epoch, followed
 
     def _open_directory(self, settings: Settings) -> DataDirectory:
         path = settings.storage.data_dir
@@ -201,6 +192,7 @@ class Service:
         schema: Schema,
         settings: Settings,
         directory: DataDirectory,
+        first_epoch: int,
         progress: Tell,
         stopped: Callable[[], bool],
     ) -> None:
@@ -228,7 +220,9 @@ class Service:
             grpc_port=settings.grpc_port,
             http_port=settings.http_port,
         )
-        plan = Plan(schema.text, settings, directory.manifest, FrontendActor, generation="", node=node)
+        plan = Plan(
+            schema.text, settings, directory.manifest, FrontendActor, generation="", node=node, first_epoch=first_epoch
+        )
         # The coordinator would create the others, too; so all processes start side by side.
         for shard_id in shard_ids:
             create_shard(plan, shard_id, node)
@@ -240,6 +234,35 @@ class Service:
             if settings.shards not in (None, shards):
                 # While it serves: it says in its log how it ends.
                 self._coordinator.scale.remote(settings.shards)
+
+
+@contextlib.asynccontextmanager
+async def opened_store(settings: Settings) -> AsyncIterator[RedisStore]:
+    """A client of the store that the settings name. Raises StartupError where it cannot be asked."""
+    store = open_store(settings)
+    from profile_service.storage.redis_client import StoreFault
+
+    try:
+        yield store
+    except StoreFault as fault:
+        raise StartupError(f"--store: {fault.message}") from None
+    finally:
+        await store.close()
+
+
+async def prepare_store(store: RedisStore, schema: Schema, settings: Settings, progress: Tell) -> tuple[int, int]:
+    """Makes a store ready for the schema, whose lease is held; returns its partition bits, and the highest epoch that
+    it knows of. Raises as `stored_schema.prepare`."""
+    from profile_service.shard.stored_schema import prepare
+
+    meta = await prepare(
+        store,
+        schema,
+        reset_features=settings.storage.reset_features,
+        partition_bits=settings.fixed.partition_bits,
+        progress=progress,
+    )
+    return meta.partition_bits, await store.epoch()
 
 
 def drain(coordinator: Any, timeout_s: float) -> None:

@@ -43,6 +43,7 @@ from profile_service.storage.data_directory import Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
 
 if TYPE_CHECKING:
+    from profile_service.cluster.store_lease import StoreLease
     from profile_service.storage.redis_store import RedisStore
 
 LOCK_RETRY_S = 0.1
@@ -65,6 +66,13 @@ class CoordinatorActor:
         here = expand(settings.storage.data_dir) if plan.node is None else plan.node.data_dir
         store = None if settings.storage.is_local else open_store(settings)
         self._memory = memory = await _own_memory(here, store)
+        self._store_lease: StoreLease | None = None
+        """Where no process that started the service stays to hold it."""
+        if store is not None and plan.node is None:
+            from profile_service.cluster.store_lease import StoreLease
+
+            self._store_lease = StoreLease.of_deployment(store.url, manifest.id)
+            self._store_lease.keep()
         leases = Leases(settings.lease_s, boot_clock, memory.last_holders())
         self._ownership = ownership = memory.last_ownership(manifest)
         register = PlaceRegister(memory.last_places(), memory.places)
@@ -74,7 +82,7 @@ class CoordinatorActor:
         self._coordinator = Coordinator(
             ownership,
             manifest.partition_bits,
-            max(1, memory.last_epoch()),
+            max(1, plan.first_epoch, memory.last_epoch()),
             {shard_id: self._factory.find(shard_id) for shard_id in ownership.shard_ids},
             settings.population_interval_s,
             memory,
@@ -176,6 +184,8 @@ class CoordinatorActor:
             # Nobody holds a lease any more: whoever starts the service again, wherever, has none to wait for.
             await self._memory.holders({})
         self._memory.release()
+        if self._store_lease is not None:
+            await asyncio.to_thread(self._store_lease.release)
 
     async def _start(self) -> None:
         while True:
@@ -196,8 +206,8 @@ class CoordinatorActor:
 
     async def _keep(self) -> None:
         """Follows the nodes, brings every process to this deployment, and to its end what was begun before."""
-        await asyncio.shield(self._started)
         try:
+            await asyncio.shield(self._started)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._fleet.follow())
                 tasks.create_task(self._fleet.update())

@@ -147,9 +147,10 @@ class Coordinator:
         return dict(self._standings)
 
     async def start(self) -> None:
-        """Finds every shard that can be found within FIRST_LOOK_S, then begins to watch."""
+        """Finds every shard that can be found within FIRST_LOOK_S, or half a lease, then begins to watch."""
         self._patient_until_s = asyncio.get_running_loop().time() + FIRST_LOOK_S
-        found = await self._ask_all(self._shards, self._ask, FIRST_LOOK_S)
+        # Those that answer have a lease from then on, and must get the next one in time.
+        found = await self._ask_all(self._shards, self._ask, min(FIRST_LOOK_S, self._leases.duration_s / 2))
         for shard_id, located in found.items():
             await self._stand(shard_id, Standing(located.state, located.progress, located.message))
         epochs = [located.epoch for located in found.values()]
@@ -305,10 +306,11 @@ class Coordinator:
     async def _ask(self, shard_id: int) -> Located:
         """Asks the shard where it is, and gives it its lease."""
         shard = self._shards[shard_id]
-        located = await shard.describe(self._leases.grant(shard_id))
+        grant = self._leases.grant(shard_id)
+        located = await shard.describe(grant)
         self._answered.add(shard_id)
-        if await self._hear(shard_id, located):
-            # Its first lease is not to wait for the next look.
+        if await self._hear(shard_id, located) or (grant is None and self._holds(shard_id, located)):
+            # Its first lease, or the first of this coordinator's, is not to wait for the next look.
             located = await shard.describe(self._leases.grant(shard_id))
             await self._hear(shard_id, located)
         return located
@@ -421,7 +423,10 @@ class Coordinator:
 
     async def _watch(self, shard_id: int) -> None:
         while True:
-            await self._look_at(shard_id)
+            try:
+                await self._look_at(shard_id)
+            except Exception:  # Whatever it is, the shard is looked at again: without that it has no lease.
+                logger.exception("shard %d cannot be looked at", shard_id)
             settled = self._standings[shard_id].state in ("serving", "full", "stalled", "failed")
             await asyncio.sleep(WATCH_INTERVAL_S if settled else RETURN_INTERVAL_S)
 

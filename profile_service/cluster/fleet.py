@@ -1,8 +1,10 @@
 """The processes of the service on the nodes of the Ray cluster: a frontend on each node, each shard on the node that
 has its data. Made true again and again, whatever dies, comes or goes (`processes.py` says what these processes are).
 
-    node joins    surveyed (`survey.py`), gets a frontend; if it has a shard's data, gets the shard
-    node leaves   its frontend is forgotten; shards whose home it is, and that have no standby, wait for it
+    node joins    surveyed (`survey.py`), gets a frontend; if it has a shard's data, gets the shard. One that cannot be
+                  used is surveyed again after a while
+    node leaves   its frontend is forgotten; shards whose home it is, and that have no standby, wait for it. Where
+                  profiles are in a store they get another home instead
     new shard     gets a home: the node that is least laden for what it has. Durable before its process starts
     standby       gets another node in the same way, where there is one: a second process of the shard (`replicas.py`).
                   One whose node stays away gets yet another, unless it may have to be promoted
@@ -20,6 +22,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -49,6 +52,13 @@ START_INTERVAL_S = 0.1
 SURVEY_TIMEOUT_S = 60.0
 """Ray may have to start a process on the node for it."""
 
+SURVEY_PATIENCE_S = 3.0
+"""A look waits so long for surveys: a node that does not answer, and that Ray has not given up yet, is no reason to let
+those that do wait for it."""
+
+RESURVEY_S = 10.0
+"""How soon a node that could not be used is surveyed again."""
+
 DESCRIBE_TIMEOUT_S = 2.0
 REPLACED_S = 0.2
 """Between two looks at a shard that has just been replaced."""
@@ -56,7 +66,8 @@ REPLACED_S = 0.2
 SHARD_GRACE_S = 1.0
 
 STANDBY_PATIENCE_S = 30.0
-"""A standby whose node is away for so long gets another one: it may have been started anew only."""
+"""A standby whose node is away for so long gets another one: it may have been started anew only. So does a shard whose
+profiles are in a store, where nobody has seen its node leave."""
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +89,11 @@ class Fleet:
         self._register = register
         self._shard_ids = list(shard_ids)
         self._nodes: dict[str, Node] = {}
-        """By Ray's id: those that are part of the cluster now."""
+        """By Ray's id: those that are part of the cluster now, and surveyed."""
+        self._surveying: dict[str, asyncio.Task[Node]] = {}
+        """By Ray's id: those that are not surveyed yet."""
+        self._surveyed_at: dict[str, float] = {}
+        """By Ray's id: when, by the loop's clock."""
         self._away: dict[str, Node] = {}
         """By name: those that were, as they were."""
         self._away_since: dict[str, float] = {}
@@ -107,6 +122,11 @@ class Fleet:
         if self._plan.node is not None:
             return Places(dict.fromkeys(self._shard_ids, self._plan.node.name))
         return self._register.places
+
+    @property
+    def _is_stored(self) -> bool:
+        """Whether profiles are in a store, and so a shard can run anywhere."""
+        return not self._plan.settings.storage.is_local
 
     def shard(self, shard_id: int) -> ActorHandle[Any]:
         """The actor of the shard's home. Raises Away where it has none."""
@@ -200,19 +220,25 @@ class Fleet:
         """One look at the nodes, and at what runs there."""
         async with self._changing:
             await self._look_at_nodes()
-            for shard_id in self._shard_ids:
-                await self._settle(shard_id)
-                if self._plan.settings.storage.replicas:
-                    await self._settle_standby(shard_id)
-                elif shard_id in self._places.standbys:
-                    await self._register.change(lambda places, gone=shard_id: places.without_standby(gone))  # type: ignore[misc]
-                self._end_strays(shard_id)
+            for shard_id in list(self._shard_ids):
+                try:
+                    await self._settle_both(shard_id)
+                except Exception as error:  # noqa: BLE001  # A node, a disk: the other shards are seen to all the same.
+                    logger.warning("shard %d cannot be seen to now: %s", shard_id, reason_of(error))
             for node in self._nodes.values():
                 if node.node_id not in self._frontends:
                     self._frontends[node.node_id] = create_frontend(self._plan, node)
         await self._describe_frontends()
         async with self._looked:
             self._looked.notify_all()
+
+    async def _settle_both(self, shard_id: int) -> None:
+        await self._settle(shard_id)
+        if self._plan.settings.storage.replicas:
+            await self._settle_standby(shard_id)
+        elif shard_id in self._places.standbys:
+            await self._register.change(lambda places: places.without_standby(shard_id))
+        self._end_strays(shard_id)
 
     def add(self, shard_id: int) -> None:
         """There is a shard more: it gets a home and a process soon."""
@@ -314,24 +340,41 @@ class Fleet:
         for place in [place for place in self._shards if place[1] not in alive]:
             # Its processes may go on, cut off: without a lease, in a while.
             ray.kill(self._shards.pop(place).handle)
-        new = [found for node_id, found in alive.items() if node_id not in self._nodes]
-        for node in filter(None, await asyncio.gather(*(self._survey(found) for found in new))):
-            twin = self._node_named(node.name)
-            if twin is not None and not node.fault:
-                fault = f"{node.data_dir} is also that of node {twin.node_id}: each needs its own"
-                node = replace(node, fault=fault)  # noqa: PLW2901
-            self._nodes[node.node_id] = node
-            self._away.pop(node.name, None)
+        for node_id in self._surveying.keys() - alive.keys():
+            self._surveying.pop(node_id).cancel()
+        now_s = asyncio.get_running_loop().time()
+        for node_id, found in alive.items():
+            known = self._nodes.get(node_id)
+            again = known is not None and known.fault and now_s >= self._surveyed_at[node_id] + RESURVEY_S
+            if (known is None or again) and node_id not in self._surveying:
+                self._surveying[node_id] = asyncio.create_task(self._survey(found))
+        if not self._surveying:
+            return
+        await asyncio.wait(self._surveying.values(), timeout=SURVEY_PATIENCE_S)
+        for node_id in [node_id for node_id, task in self._surveying.items() if task.done()]:
+            self._take_in(self._surveying.pop(node_id).result())
+
+    def _take_in(self, node: Node) -> None:
+        """The node is part of the cluster, and surveyed."""
+        before = self._nodes.get(node.node_id)
+        twin = self._node_named(node.name)
+        if twin is not None and twin.node_id != node.node_id and not node.fault:
+            fault = f"{node.data_dir} is also that of node {twin.node_id}: each needs its own"
+            node = replace(node, fault=fault)
+        self._nodes[node.node_id] = node
+        self._surveyed_at[node.node_id] = asyncio.get_running_loop().time()
+        self._away.pop(node.name, None)
+        if before is None or before.fault != node.fault:
             logger.info("node %s at %s is there%s", node.node_id, node.address, node.fault and f": {node.fault}")
 
-    async def _survey(self, found: Mapping[str, Any]) -> Node | None:
+    async def _survey(self, found: Mapping[str, Any]) -> Node:
         node_id, address, resources = found["NodeID"], found["NodeManagerAddress"], found["Resources"]
         try:
             async with asyncio.timeout(SURVEY_TIMEOUT_S):
                 seen: Survey = await run_on_node(node_id, survey, self._plan.settings, self._plan.manifest, address)
         except Exception as error:  # noqa: BLE001  # Whatever it is, the node is looked at again.
-            logger.warning("node %s cannot be looked at yet: %s", node_id, reason_of(error))
-            return None
+            data_dir = self._plan.settings.storage.data_dir or Path()
+            seen = Survey("", data_dir, fault=f"it cannot be looked at: {reason_of(error) or 'no answer'}")
         return Node(
             node_id=node_id,
             name=seen.name,
@@ -346,13 +389,14 @@ class Fleet:
         )
 
     async def _settle(self, shard_id: int) -> None:
-        """Sees to it that the shard has a process where its data is."""
-        if shard_id not in self._places.homes and not await self._give_home(shard_id):
-            return
-        home = self._node_named(self._places.homes[shard_id])
+        """Sees to it that the shard has a process where its data is, or anywhere if that is in a store."""
+        homes = self._places.homes
+        home = self._node_named(homes[shard_id]) if shard_id in homes else None
+        if home is None and (shard_id not in homes or (self._is_stored and self._will_not_return(homes[shard_id]))):
+            home = await self._give_home(shard_id)
         if home is None:
             return
-        if self._plan.node is None and shard_id not in home.shards:
+        if self._plan.node is None and not self._is_stored and shard_id not in home.shards:
             self._faults[shard_id] = f"{shard_directory(home.data_dir, shard_id)} is missing on {home.address}"
             return
         self._faults.pop(shard_id, None)
@@ -390,6 +434,11 @@ class Fleet:
             node = await self._make_directory(node, shard_id)
         self._run(shard_id, node)
 
+    def _will_not_return(self, name: str) -> bool:
+        """Whether the node has left, so that what can be anywhere goes elsewhere. A coordinator that has just begun may
+        only not have found it yet."""
+        return name in self._away or self._has_left(name)
+
     def _has_left(self, name: str) -> bool:
         """Whether the node has been away for so long that its standbys go elsewhere."""
         now_s = asyncio.get_running_loop().time()
@@ -410,28 +459,41 @@ class Fleet:
         if shard_id in places.standbys:
             meant.add(places.standbys[shard_id].node)
         for place in [place for place in self._shards if place[0] == shard_id]:
-            if self._name_of(place[1]) not in meant:
+            # Of a node that is not surveyed, or cannot be, it is not known what it is meant to have.
+            name = self._name_of(place[1])
+            if name and name not in meant:
                 ray.kill(self._shards.pop(place).handle)
 
-    async def _give_home(self, shard_id: int) -> bool:
-        """Returns whether the shard has a home now."""
+    async def _give_home(self, shard_id: int) -> Node | None:
+        """The shard's home from now on, where it had none that is there; None where it can have none just now."""
+        if self._surveying:
+            self._faults[shard_id] = "not every node is known yet"
+            return None
         found = [node for node in self._nodes.values() if shard_id in node.shards and not node.fault]
         if len(found) > 1:
             where = ", ".join(node.address for node in found)
             self._faults[shard_id] = f"there is a directory of it on each of {where}; which one is right is not known"
-            return False
+            return None
         # A directory that no home was given to: of a service of one machine, or of a home that was not yet durable.
         home = found[0] if found else home_of_new_shard(self._nodes.values(), self._places)
         if home is None:
             self._faults[shard_id] = f"no node can take it: none has {self._plan.resource} and a usable data directory"
-            return False
-        home = await self._make_directory(home, shard_id)
+            return None
+        if not self._is_stored:
+            home = await self._make_directory(home, shard_id)
+        elif shard_id in self._places.homes:
+            logger.warning("shard %d goes on at %s: its node has left", shard_id, home.address)
         await self._register.change(lambda places: places.with_home(shard_id, home.name))
-        return True
+        return home
 
     async def _make_directory(self, node: Node, shard_id: int) -> Node:
-        async with asyncio.timeout(SURVEY_TIMEOUT_S):
-            await run_on_node(node.node_id, make_shard_directory, node.data_dir, shard_id)
+        try:
+            async with asyncio.timeout(SURVEY_TIMEOUT_S):
+                await run_on_node(node.node_id, make_shard_directory, node.data_dir, shard_id)
+        except Exception as error:
+            fault = f"{shard_directory(node.data_dir, shard_id)} cannot be made: {reason_of(error)}"
+            self._take_in(replace(node, fault=fault))
+            raise
         self._nodes[node.node_id] = made = replace(node, shards=node.shards | {shard_id})
         return made
 
@@ -449,14 +511,22 @@ class Fleet:
 
     async def _replace_frontend(self, process: Process) -> None:
         node = self._nodes[process.node_id]
+        was_ready = self._is_ready(node.node_id)
         logger.info("the frontend on %s is replaced", node.address)
         await self._end(process, self._plan.settings.drain_timeout_s)
         async with self._changing:
             self._described.pop(node.node_id, None)
             self._frontends[node.node_id] = create_frontend(self._plan, node)
-        # Its node may leave meanwhile; then there is nothing to wait for.
+
+        def is_back() -> bool:
+            # Its node may leave meanwhile. And it is ready when every shard is: one that fails may be what this update
+            # is to mend.
+            described = self._described.get(node.node_id)
+            answers = described is not None and bool(described.grpc_address)
+            return node.node_id not in self._nodes or self._is_ready(node.node_id) or (answers and not was_ready)
+
         async with self._looked:
-            await self._looked.wait_for(lambda: node.node_id not in self._nodes or self._is_ready(node.node_id))
+            await self._looked.wait_for(is_back)
 
     async def _replace_shard(self, shard_id: int, process: Process) -> str:
         """Returns why it does not come to serve; empty where it does."""

@@ -55,6 +55,11 @@ class Leases:
         """By shard id: when its holder asked last, by its clock, and when that was heard, by ours."""
 
     @property
+    def duration_s(self) -> float:
+        """Of a lease."""
+        return self._duration_ns / 1e9
+
+    @property
     def holders(self) -> dict[int, Holder]:
         """By shard id."""
         return dict(self._holders)

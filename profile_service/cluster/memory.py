@@ -95,8 +95,13 @@ class CoordinatorMemory:
         """As Memory.epoch."""
         await asyncio.to_thread(self._epochs.write, epoch)
         if self._store is not None:
+            from profile_service.storage.redis_client import StoreFault
+
             # For the next service, which has nothing else of this one.
-            await self._store.raise_epoch(epoch)
+            try:
+                await self._store.raise_epoch(epoch)
+            except StoreFault as fault:
+                raise OSError(fault.message) from None
 
     async def holders(self, holders: Mapping[int, Holder]) -> None:
         """As Memory.holders."""

@@ -132,7 +132,7 @@ async def to_store(path: Path, url: StoreUrl, progress: Progress) -> Tally:
     directory = _open(path)
     store = RedisStore(url, timeout_s=TIMEOUT_S)
     try:
-        lease, _ = await _take_lease(store)
+        lease = await _take_lease(store)
         try:
             schema = _schema_of(directory)
             meta = meta_of(schema, directory.manifest.partition_bits)
@@ -174,7 +174,7 @@ async def to_directory(url: StoreUrl, path: Path, shards: int, progress: Progres
     await asyncio.to_thread(shutil.rmtree, unfinished, ignore_errors=True)
     store = RedisStore(url, timeout_s=TIMEOUT_S)
     try:
-        lease, _ = await _take_lease(store)
+        lease = await _take_lease(store)
         try:
             meta = await store.read_meta()
             if meta is None:
@@ -221,8 +221,10 @@ def _open(path: Path) -> DataDirectory:
         raise StartupError(f"{path} cannot be read: {error.strerror}") from None
 
 
-async def _take_lease(store: RedisStore) -> tuple[StoreLease, bool]:
-    return await StoreLease.take(store, lambda message: None, lambda: False)
+async def _take_lease(store: RedisStore) -> StoreLease:
+    lease = StoreLease(store.url)
+    await lease.take(store, lambda message: None, lambda: False)
+    return lease
 
 
 def _schema_of(directory: DataDirectory) -> Schema:

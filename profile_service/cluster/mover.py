@@ -275,7 +275,8 @@ class Mover:
         """Makes durable, and known, who owns what from now on."""
         try:
             await self._coordinator.install(topology, ownership, first)
-        except DiskFull:
+        except (DiskFull, Unavailable):
+            # The owners are as before; but a source that has sent the rest takes no writes until another epoch.
             await self._as_before(topology.epoch)
             raise
         except OSError as error:

@@ -61,6 +61,8 @@ class Plan:
     """Another one with each deployment: a process of another generation is replaced."""
     node: Node | None = None
     """The only node; None takes all of the Ray cluster, as they come and go."""
+    first_epoch: int = 0
+    """No epoch before it is given out: a store may know of later ones than the data directory does."""
     resource: str = "CPU"
     """Ray's resource by which shards are spread: a node with twice as much takes twice as many."""
 

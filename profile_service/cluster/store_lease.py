@@ -26,31 +26,43 @@ logger = logging.getLogger(__name__)
 
 
 class StoreLease:
-    """The lease of one service; made by `take`."""
+    """The lease of one service.
 
-    def __init__(self, url: StoreUrl) -> None:
+    Args:
+        url: of the store.
+        who: the service, as others are told of it, then a blank and what tells it from all others; None takes this
+            process.
+    """
+
+    def __init__(self, url: StoreUrl, who: str | None = None) -> None:
         self._url = url
         # Of a host and a process there may be two, one after the other.
-        self._who = f"{Holder.this_process().encode()} {secrets.token_hex(4)}"
+        self._who = who or f"{Holder.this_process().encode()} {secrets.token_hex(4)}"
         self._released = threading.Event()
+        self._gives_back = True
         self._thread = threading.Thread(target=lambda: asyncio.run(self._renew()), name="store lease", daemon=True)
 
     @classmethod
-    async def take(
-        cls, store: RedisStore, progress: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> tuple[StoreLease, bool]:
-        """Takes the lease, and renews it from now on; returns whether it was waited for as well. A service that was
-        killed has it a while longer.
+    def of_deployment(cls, url: StoreUrl, service: str) -> StoreLease:
+        """That of a service on a Ray cluster, whichever of its processes has it; `service` is the id of its
+        manifest."""
+        return cls(url, f"the service {service} on a Ray cluster {service}")
+
+    async def take(self, store: RedisStore, progress: Callable[[str], None], stopped: Callable[[], bool]) -> bool:
+        """Takes the lease, and renews it from now on; returns whether it was waited for. A service that was killed has
+        it a while longer.
 
         Raises:
-            StartupError: another service has the store, and renews its lease.
+            StartupError: another service has the store, and renews its lease; or this one is told to stop before it is
+                known to.
             StoreFault: the store cannot be asked.
         """
-        lease = cls(store.url)
         give_up_at = time.monotonic() + LEASE_MS / 1000 + RENEW_S
         waited = False
-        while (other := await store.take_lease(lease._who)) is not None and not stopped():
+        while (other := await store.take_lease(self._who)) is not None:
             holder = Holder.describe(other.rpartition(" ")[0])
+            if stopped():
+                raise StartupError(f"stopped while {store.url.shown} was in use by {holder}")
             if time.monotonic() > give_up_at:
                 raise StartupError(
                     f"{store.url.shown} is in use by {holder}; stop that service, or give another prefix: "
@@ -59,8 +71,17 @@ class StoreLease:
             progress(f"waiting for {holder}, which had the store, to end")
             waited = True
             await asyncio.sleep(POLL_S)
-        lease._thread.start()
-        return lease, waited
+        self.keep()
+        return waited
+
+    def keep(self) -> None:
+        """Renews it from now on, and takes it where nobody has it."""
+        self._thread.start()
+
+    def pass_on(self) -> None:
+        """Renews it no longer: another process of the same service does from now on."""
+        self._gives_back = False
+        self.release()
 
     def release(self) -> None:
         """Gives it back. May be called more than once."""
@@ -71,15 +92,19 @@ class StoreLease:
     async def _renew(self) -> None:
         store = RedisStore(self._url)
         try:
-            while not await asyncio.to_thread(self._released.wait, RENEW_S):
+            while True:
                 try:
                     other = await store.take_lease(self._who)
                 except StoreFault as fault:
                     logger.warning("the lease of the store cannot be renewed: %s", fault.message)
-                    continue
-                if other is not None:
-                    logger.error("%s is in use by %s, too", self._url.shown, Holder.describe(other.rpartition(" ")[0]))
-            await store.release_lease(self._who)
+                else:
+                    if other is not None:
+                        holder = Holder.describe(other.rpartition(" ")[0])
+                        logger.error("%s is in use by %s, too", self._url.shown, holder)
+                if await asyncio.to_thread(self._released.wait, RENEW_S):
+                    break
+            if self._gives_back:
+                await store.release_lease(self._who)
         except StoreFault as fault:
             logger.info("the lease of the store is left to expire: %s", fault.message)
         finally:

@@ -18,18 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from profile_service.cluster.ports import bind
-from profile_service.config import Settings
+from profile_service.config import LOCAL, Settings
 from profile_service.errors import DataLoss, StartupError
 from profile_service.storage.data_directory import (
     MANIFEST,
     NODE,
     SHARD_PREFIX,
+    STORE,
     DataDirectory,
     Manifest,
     shard_directory,
 )
 from profile_service.storage.document import Document
-from profile_service.storage.fs import LockHeld, RealFileSystem
+from profile_service.storage.fs import FileSystem, LockHeld, RealFileSystem
 
 
 @dataclass(frozen=True)
@@ -93,24 +94,29 @@ def remove_shard_directory(data_dir: Path, shard_id: int) -> None:
     shutil.rmtree(shard_directory(data_dir, shard_id), ignore_errors=True)
 
 
-def prepare_head(settings: Settings, shards: int) -> tuple[Manifest, str | None]:
+def prepare_head(settings: Settings, shards: int, store: str) -> tuple[Manifest, str | None]:
     """Makes the directory of the coordinator, on the node where that will be, or opens the one that is there.
 
     Args:
         settings: with the data directory as it was given.
         shards: how many a new one has.
+        store: where profiles are to be, as it is shown.
 
     Returns:
         What it was made with, and the schema that it was last served with.
 
     Raises:
-        StartupError: it cannot be used; says why. That it is in use or damaged is said so, too.
+        StartupError: it cannot be used, or its profiles are elsewhere; says why. That it is in use or damaged is said
+            so, too.
     """
     assert settings.storage.data_dir is not None, "the launcher has chosen one"
     path = expand(settings.storage.data_dir)
+    fs = RealFileSystem()
     try:
         new = Manifest.new(settings.fixed.partition_bits, shards)
-        directory = DataDirectory.open(RealFileSystem(), path, new, spread=True)
+        fs.make_directory(path)
+        _check_store(fs, path, store)
+        directory = DataDirectory.open(fs, path, new, spread=True)
     except (DataLoss, LockHeld) as error:
         # As one that travels from process to process.
         raise StartupError(error.message) from None
@@ -119,6 +125,25 @@ def prepare_head(settings: Settings, shards: int) -> tuple[Manifest, str | None]
     before = directory.schema_text()
     directory.release()
     return directory.manifest, before
+
+
+def _check_store(fs: FileSystem, path: Path, store: str) -> None:
+    """A service that was told once where its profiles are shall not start empty because it is not told again. Raises
+    StartupError."""
+    document = Document(fs, path / STORE, "remove it, and give --store as before")
+    known = document.read()
+    if known is not None and known["store"] != store:
+        raise StartupError(
+            f"the profiles of the service in {path} are in {known['store']}: give that with --store; if they are "
+            f"elsewhere by now, remove {path / STORE} on the head node"
+        )
+    if known is None and store != LOCAL:
+        if MANIFEST in fs.names(path):
+            raise StartupError(
+                f"{path} on the head node is of a service whose profiles are in its data directories: give another one "
+                "with --data-dir"
+            )
+        document.write({"store": store})
 
 
 def _look(settings: Settings, manifest: Manifest, path: Path) -> Survey:

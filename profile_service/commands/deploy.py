@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from profile_service.commands.options import flag
-from profile_service.commands.settings import with_settings
+from profile_service.commands.settings import STORE, with_settings
 from profile_service.config import Settings
 
 # Not from PROFILE_SERVICE_ADDRESS, which is that of the service; for "auto" Ray reads its own RAY_ADDRESS.
@@ -33,6 +33,7 @@ def deploy(
             "Directory of log and snapshots on each node, with its variables; by default ~/profile-service-data.",
         ),
     ] = None,
+    store: Annotated[str | None, STORE] = None,
     resource: Annotated[
         str, flag("--resource", "Ray's resource by which shards are spread over the nodes.", metavar="NAME")
     ] = "CPU",
@@ -47,6 +48,9 @@ def deploy(
     Run again it is a rolling update: each process is ended cleanly and started anew with the flags and the schema of
     now, one after the other; the data stays. A node that joins later gets a frontend by itself. Ctrl-C stops waiting,
     not the service.
+
+    With --store profiles are in a Redis that every node reaches, the directories say only who owns what, and the shards
+    of a node that leaves go on elsewhere.
     """
     from profile_service.commands.service import StopSignal
     from profile_service.commands.terminal import stderr
@@ -56,15 +60,24 @@ def deploy(
     stop = StopSignal()
     stop.listen()
     with stderr().status("starting") as progress:
-        standings = deploy_service(address, settings, resource, nodes, progress.update, lambda: stop.asked)
+        standings = deploy_service(address, settings, store, resource, nodes, progress.update, lambda: stop.asked)
     if stop.asked:
         print("no longer waited for; what was begun goes on: see profile-service status", file=sys.stderr)
         return
     for node in standings:
-        shards = ", ".join(map(str, node.shard_ids)) or "none"
+        held = ", ".join(map(str, node.shard_ids)) or "none"
         if node.standby_ids:
-            shards += f", standbys {', '.join(map(str, node.standby_ids))}"
-        print(f"node {node.address}: gRPC {node.grpc_address}, REST http://{node.http_address}, shards {shards}")
+            held += f", standbys {', '.join(map(str, node.standby_ids))}"
+        print(f"node {node.address}: gRPC {node.grpc_address}, REST http://{node.http_address}, shards {held}")
+    if settings.storage.replicas:
+        shards = {shard_id for node in standings for shard_id in node.shard_ids}
+        alone = sorted(shards - {shard_id for node in standings for shard_id in node.standby_ids})
+        if alone:
+            print(
+                f"note: no other node can take a standby of shards {', '.join(map(str, alone))}; what they acknowledge "
+                "is on one machine only",
+                file=sys.stderr,
+            )
     print("ready", flush=True)
 
 

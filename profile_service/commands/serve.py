@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from profile_service.commands.options import flag
-from profile_service.commands.settings import with_settings
+from profile_service.commands.settings import STORE, with_settings
 from profile_service.config import Settings
 
 if TYPE_CHECKING:
@@ -23,14 +23,7 @@ def serve(
         Path | None,
         flag("--data-dir", "Directory of log and snapshots; made if missing. Without it nothing is kept after a stop."),
     ] = None,
-    store: Annotated[
-        str,
-        flag(
-            "--store",
-            "Where profiles live: local, or redis://[[user]:password@]host[:port][/db], rediss:// for TLS.",
-            metavar="local|URL",
-        ),
-    ] = "local",
+    store: Annotated[str, STORE] = "local",
     host: Annotated[str, flag("--host", "Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
 ) -> None:
     """Runs the whole service on this machine. Ctrl-C drains and stops it; a second one stops it at once.

@@ -24,6 +24,12 @@ Shards = Annotated[
 GrpcPort = Annotated[int, flag("--grpc-port", "Port of gRPC; 0 takes a free one.", min=0, max=65535)]
 HttpPort = Annotated[int, flag("--http-port", "Port of REST; 0 takes a free one.", min=0, max=65535)]
 
+STORE = flag(
+    "--store",
+    "Where profiles live: local, or redis://[[user]:password@]host[:port][/db], rediss:// for TLS.",
+    metavar="local|URL",
+)
+
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameter `settings` is made of flags: those of `service_settings`, after its own."""

@@ -59,12 +59,7 @@ async def prepare(
         meta = await store.read_meta()
         assert meta is not None
     store.for_partitions(meta.partition_bits)
-    here = new.layouts[schema.fingerprint]
-    if meta.layouts.get(schema.fingerprint, here) != here:
-        raise StartupError(
-            f"{store.url.shown}: its rows were laid out by a version that does so otherwise; start that version, or "
-            "give another prefix: --store redis://…?prefix=NAME"
-        )
+    check_layout(store, meta, schema)
     others = {
         fingerprint: parse_schema(text, "the store's schema")
         for fingerprint, text in meta.schemas.items()
@@ -72,11 +67,21 @@ async def prepare(
     }
     for old in others.values():
         compare(old, schema, reset_features).raise_faults()
-    await store.add_schema(schema.fingerprint, schema.text, here)
+    await store.add_schema(schema.fingerprint, schema.text, new.layouts[schema.fingerprint])
     for fingerprint, old in others.items():
         await _convert(store, old, schema, reset_features, progress)
         await store.drop_schema(fingerprint)
     return Meta(meta.store_id, meta.partition_bits, new.schemas, new.layouts)
+
+
+def check_layout(store: RedisStore, meta: Meta, schema: Schema) -> None:
+    """Raises StartupError where rows of this schema were laid out otherwise than by this version."""
+    here = meta_of(schema, meta.partition_bits).layouts[schema.fingerprint]
+    if meta.layouts.get(schema.fingerprint, here) != here:
+        raise StartupError(
+            f"{store.url.shown}: its rows were laid out by a version that does so otherwise; start that version, or "
+            "give another prefix: --store redis://…?prefix=NAME"
+        )
 
 
 async def _convert(

@@ -8,6 +8,7 @@
       leases.json   which process of each shard holds its lease; a `Document`, as of the coordinator
       COORDINATOR   held by the coordinator for as long as it lives
       places.json   of a service on several machines: on which each shard's directory is; a `Document`
+      store.json    of one whose profiles are in a store: which; a `Document`, see `cluster.survey`
       node.json     of a machine of such a service: its name there; a `Document`, see `cluster.survey`
       schema.yaml   the schema last served with, for a check before any process starts
       shard-0/ …    a shard's log and snapshots
@@ -44,14 +45,14 @@ FORMAT = 1
 
 MANIFEST, LOCK, EPOCH, SCHEMA = "data.json", "LOCK", "epoch.json", "schema.yaml"
 OWNERS, LEASES, COORDINATOR_LOCK = "owners.json", "leases.json", "COORDINATOR"
-PLACES, NODE = "places.json", "node.json"
+PLACES, NODE, STORE = "places.json", "node.json", "store.json"
 SHARD_PREFIX = "shard-"
 IDENTITY_BYTES = 16
 
 SECTOR_BYTES = 512
 """What a disk writes whole or not at all."""
 
-_UNUSED = re.compile(rf"{LOCK}|lost\+found|.*\{NEW_SUFFIX}|{EPOCH}|{SCHEMA}|{PLACES}")
+_UNUSED = re.compile(rf"{LOCK}|lost\+found|.*\{NEW_SUFFIX}|{EPOCH}|{SCHEMA}|{PLACES}|{STORE}")
 """What may stand in a directory whose making was interrupted, and at the root of a file system."""
 
 

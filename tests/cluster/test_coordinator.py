@@ -450,3 +450,42 @@ async def test_one_that_is_away_holds_up_no_epoch() -> None:
     async with asyncio.timeout(coordinator_module.TELL_TIMEOUT_S / 2):
         await coordinator._look_at(1)
     assert coordinator.topology.shards[1].address == "host:9"
+
+
+async def test_a_new_coordinator_renews_the_leases_of_those_that_answer_though_another_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controls = {number: Control(number) for number in range(3)}
+    first, ledger = make_for(controls)
+    await first.start()
+    await first.close()
+    monkeypatch.setattr(coordinator_module, "FIRST_LOOK_S", 0.2)
+    controls[2].hanging = True
+    CLOCK.now_s = LEASE_S - 0.1
+    following, _ = make_for(controls, holders=ledger.held)
+    await following.start()
+    CLOCK.now_s = LEASE_S + 1
+    assert [control.lease.is_held for control in controls.values()] == [True, True, False]
+    await following.close()
+
+
+async def test_a_shard_is_looked_at_again_after_a_look_has_failed_in_a_way_that_nobody_foresaw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    coordinator, controls = make(1)
+    await coordinator.start()
+
+    stand, failures = coordinator._stand, 0
+
+    async def fails_once(shard_id: int, standing: Standing) -> None:
+        nonlocal failures
+        failures += 1
+        if failures == 1:
+            raise KeyError("unforeseen")
+        await stand(shard_id, standing)
+
+    monkeypatch.setattr(coordinator, "_stand", fails_once)
+    await until(lambda: failures >= 1)
+    controls[0].restart("elsewhere")
+    await until(lambda: coordinator.topology.shards[0].address == "elsewhere")
+    await coordinator.close()

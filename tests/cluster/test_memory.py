@@ -12,6 +12,7 @@ from profile_service.cluster.memory import CoordinatorMemory
 from profile_service.errors import DataLoss
 from profile_service.storage.data_directory import LEASES, DataDirectory, Manifest
 from profile_service.storage.fs import LockHeld, RealFileSystem
+from profile_service.storage.redis_client import StoreFull
 
 
 @pytest.fixture
@@ -47,4 +48,20 @@ async def test_damaged_holders_are_said_and_not_guessed(data_dir: Path) -> None:
         path.write_text(content)
         with pytest.raises(DataLoss, match=r"leases\.json is damaged"):
             memory.last_holders()
+    memory.release()
+
+
+class FullStore:
+    """A store that has no room."""
+
+    async def raise_epoch(self, epoch: int) -> None:
+        raise StoreFull("no memory left")
+
+
+async def test_an_epoch_that_the_store_has_no_room_for_is_an_error_of_the_memory(data_dir: Path) -> None:
+    memory = CoordinatorMemory(RealFileSystem(), data_dir, FullStore())  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="no memory left"):
+        await memory.epoch(3)
+    # Whoever goes on by it goes on from there.
+    assert memory.last_epoch() == 3
     memory.release()

@@ -15,9 +15,9 @@ from profile_service.cluster.survey import (
     remove_shard_directory,
     survey,
 )
-from profile_service.config import Settings, Storage
+from profile_service.config import LOCAL, Settings, Storage
 from profile_service.errors import StartupError
-from profile_service.storage.data_directory import LOCK, NODE, PLACES, SCHEMA, DataDirectory, Manifest
+from profile_service.storage.data_directory import LOCK, NODE, PLACES, SCHEMA, STORE, DataDirectory, Manifest
 from profile_service.storage.fs import RealFileSystem
 
 MANIFEST = Manifest.new(8, 2)
@@ -85,14 +85,14 @@ def test_a_directory_may_be_named_by_the_node(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_head_gets_a_directory_whose_shards_are_elsewhere(settings: Settings, tmp_path: Path) -> None:
-    manifest, served = prepare_head(settings, 3)
+    manifest, served = prepare_head(settings, 3, LOCAL)
     assert (manifest.shards, served) == (3, None)
     path = tmp_path / "data"
     assert not list(path.glob("shard-*"))
     assert (path / PLACES).exists()
     (path / SCHEMA).write_text("name: last\n")
     # It is found again, however many shards are wanted now.
-    assert prepare_head(settings, 5) == (manifest, "name: last\n")
+    assert prepare_head(settings, 5, LOCAL) == (manifest, "name: last\n")
     assert not look(settings, manifest).fault
     with pytest.raises(StartupError, match="start it with deploy"):
         DataDirectory.open(RealFileSystem(), path, Manifest.new(8, 3))
@@ -102,9 +102,22 @@ def test_the_head_takes_over_what_was_served_on_one_machine(settings: Settings, 
     path = tmp_path / "data"
     served = DataDirectory.open(RealFileSystem(), path, Manifest.new(8, 2))
     with pytest.raises(StartupError, match="is held by another process"):
-        prepare_head(settings, 2)
+        prepare_head(settings, 2, LOCAL)
     served.release()
-    manifest, _ = prepare_head(settings, 4)
+    manifest, _ = prepare_head(settings, 4, LOCAL)
     assert manifest == served.manifest
     assert look(settings, manifest).shards == frozenset({0, 1})
     assert not (path / LOCK).read_bytes()
+
+
+def test_a_service_whose_profiles_are_in_a_store_does_not_start_without_it(settings: Settings, tmp_path: Path) -> None:
+    manifest, _ = prepare_head(settings, 3, "redis://cache:6379/0")
+    assert prepare_head(settings, 3, "redis://cache:6379/0")[0] == manifest
+    for other in (LOCAL, "redis://cache:6379/1"):
+        with pytest.raises(StartupError, match="are in redis://cache:6379/0: give that with --store"):
+            prepare_head(settings, 3, other)
+    (tmp_path / "data" / STORE).unlink()
+    # And not the other way round: it would start empty beside what is in its directories.
+    with pytest.raises(StartupError, match="in its data directories"):
+        prepare_head(settings, 3, "redis://cache:6379/0")
+    assert prepare_head(settings, 3, LOCAL)[0] == manifest

@@ -82,8 +82,15 @@ class RayCluster:
         return self.directory / name
 
     def deploy(self, *flags: str) -> None:
-        """Deploys the service; returns when all of it serves."""
-        done = subprocess.run(
+        """Deploys the service, or updates it; returns when all of it serves."""
+        done = self.try_to_deploy(*flags)
+        assert done.returncode == 0, done.stderr + done.stdout
+        self._frontends = NODE_LINE.findall(done.stdout)
+        self.processes()
+
+    def try_to_deploy(self, *flags: str) -> subprocess.CompletedProcess[str]:
+        """What comes of a deployment, when it has ended."""
+        return subprocess.run(
             [
                 *(sys.executable, "-m", "profile_service", "deploy", "--address", self.address),
                 *("--data-dir", f"${DATA_VARIABLE}", "--grpc-port", "0", "--http-port", "0"),
@@ -95,9 +102,6 @@ class RayCluster:
             timeout=START_TIMEOUT_S,
             env=environment(),
         )
-        assert done.returncode == 0, done.stderr + done.stdout
-        self._frontends = NODE_LINE.findall(done.stdout)
-        self.processes()
 
     def frontend(self, name: str) -> str:
         """host:port of gRPC of the frontend on a raylet: as its directory says."""
