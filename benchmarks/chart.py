@@ -18,7 +18,9 @@ _ROW = 30
 _PLOT_HEIGHT = 220
 _STEPS_HEIGHT = 130
 COLORS = ("#4269d0", "#efb118", "#6cc5b0", "#ff725c", "#9c6b4e", "#a463f2")
-_GRID, _TEXT, _BOUND = "#dddddd", "#333333", "#c0392b"
+_GRID, _TEXT, _BOUND, _MARK = "#dddddd", "#333333", "#c0392b", "#efe6d2"
+_LETTER = 7.2
+"""A letter's width, about: fonts differ."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ class Span:
 def bars(title: str, rows: Sequence[Bar], *, unit: str, scale: float = 1.0) -> str:
     """A horizontal bar for each row."""
     most = max(max([row.value, *row.dots]) for row in rows) * scale
-    axis = _Axis.fit(most, _LEFT, WIDTH - _RIGHT)
+    left = _beside([row.label for row in rows])
+    axis = _Axis.fit(most, left, WIDTH - _RIGHT)
     height = _TOP + _ROW * len(rows) + _BOTTOM
     parts = [_title(title), *_vertical_grid(axis, height, unit)]
     for number, row in enumerate(rows):
         y = _TOP + _ROW * number
-        parts.append(_text(_LEFT - 8, y + 19, row.label, anchor="end"))
-        parts.append(_box(_LEFT, y + 5, axis.at(row.value * scale) - _LEFT, _ROW - 10, COLORS[0]))
+        parts.append(_text(left - 8, y + 19, row.label, anchor="end"))
+        parts.append(_box(left, y + 5, axis.at(row.value * scale) - left, _ROW - 10, COLORS[0]))
         parts += [
             f'<circle cx="{axis.at(dot * scale):.1f}" cy="{y + _ROW / 2:.1f}" r="3" fill="{COLORS[1]}"/>'
             for dot in row.dots
@@ -65,16 +68,14 @@ def bars(title: str, rows: Sequence[Bar], *, unit: str, scale: float = 1.0) -> s
 
 def stacks(title: str, pieces: Sequence[str], rows: Sequence[Stack], *, unit: str, bound: float) -> str:
     """A horizontal bar of pieces for each row, and a line at `bound`, which none should reach."""
-    axis = _Axis.fit(max([bound, *(sum(row.values) for row in rows)]), _LEFT, WIDTH - _RIGHT)
+    left = _beside([row.label for row in rows])
+    axis = _Axis.fit(max([bound, *(sum(row.values) for row in rows)]), left, WIDTH - _RIGHT)
     height = _TOP + 24 + _ROW * len(rows) + _BOTTOM
     parts = [_title(title), *_vertical_grid(axis, height, unit)]
-    x = float(_LEFT)
-    for number, piece in enumerate(pieces):
-        parts += [_box(x, _TOP, 10, 10, COLORS[number % len(COLORS)]), _text(x + 14, _TOP + 9, piece)]
-        x += 14 + 6.2 * len(piece) + 14
+    parts += _legend(left, pieces)
     for number, row in enumerate(rows):
         y = _TOP + 24 + _ROW * number
-        parts.append(_text(_LEFT - 8, y + 19, row.label, anchor="end"))
+        parts.append(_text(left - 8, y + 19, row.label, anchor="end"))
         done = 0.0
         for color, value in enumerate(row.values):
             start, stop = axis.at(done), axis.at(done + value)
@@ -102,22 +103,18 @@ def curves(
     parts = [_title(title)]
     for span in spans:
         start, stop = across.at(max(span.start, at[0])), across.at(min(span.stop, at[-1]))
-        parts.append(_box(start, _TOP + 20, stop - start, _PLOT_HEIGHT, "#efe6d2"))
+        parts.append(_box(start, _TOP + 20, stop - start, _PLOT_HEIGHT, _MARK))
     for tick in up.ticks():
         parts.append(_line(64, up.at(tick), WIDTH - _RIGHT, up.at(tick), _GRID))
         parts.append(_text(58, up.at(tick) + 4, f"{tick:g}", anchor="end"))
     parts += [_text(across.at(tick), height - _BOTTOM + 16, f"{tick:g}", anchor="middle") for tick in across.ticks()]
     parts.append(_text((64 + WIDTH - _RIGHT) / 2, height - 8, "seconds", anchor="middle"))
     parts.append(_text(8, _TOP + 9, unit))
-    x = 64.0
-    for number, (name, values) in enumerate(series.items()):
+    for number, values in enumerate(series.values()):
         points = " ".join(f"{across.at(t):.1f},{up.at(value):.1f}" for t, value in zip(at, values, strict=True))
         color = COLORS[number % len(COLORS)]
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.4"/>')
-        parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
-        x += 14 + 6.2 * len(name) + 14
-    if spans_are:
-        parts += [_box(x, _TOP, 10, 10, "#efe6d2"), _text(x + 14, _TOP + 9, spans_are)]
+    parts += _legend(64.0, [*series], spans_are)
     return _svg(height, parts)
 
 
@@ -131,8 +128,7 @@ def steps(title: str, at: Sequence[str], series: Mapping[str, Sequence[float]], 
         parts.append(_line(64, up.at(tick), WIDTH - _RIGHT, up.at(tick), _GRID))
         parts.append(_text(58, up.at(tick) + 4, f"{tick:g}", anchor="end"))
     parts += [_text(x, bottom + 16, label, anchor="middle") for x, label in zip(across, at, strict=True)]
-    x = 64.0 + 6.2 * len(unit)
-    for number, (name, values) in enumerate(series.items()):
+    for number, values in enumerate(series.values()):
         color = COLORS[number % len(COLORS)]
         places = [(x, up.at(value), value) for x, value in zip(across, values, strict=True)]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
@@ -140,8 +136,7 @@ def steps(title: str, at: Sequence[str], series: Mapping[str, Sequence[float]], 
         for place, y, value in places:
             parts.append(f'<circle cx="{place:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
             parts.append(_text(place, y - 7, f"{value:.3g}" if value < 1000 else f"{value:,.0f}", anchor="middle"))
-        parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
-        x += 14 + 6.2 * len(name) + 14
+    parts += _legend(64.0 + _LETTER * len(unit), [*series])
     return _svg(bottom + 30, parts)
 
 
@@ -175,6 +170,21 @@ class _Axis:
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
         first = math.ceil(self.low / step)
         return [number * step for number in range(first, math.floor(self.high / step) + 1)]
+
+
+def _beside(labels: Sequence[str]) -> float:
+    """Where bars begin that have these labels on their left."""
+    return max(_LEFT, 16 + _LETTER * max(map(len, labels)))
+
+
+def _legend(x: float, names: Sequence[str], mark: str = "") -> list[str]:
+    """What each colour stands for; `mark` is what marked stretches are."""
+    parts = []
+    keys = [(name, COLORS[number % len(COLORS)]) for number, name in enumerate(names)]
+    for name, color in [*keys, *([(mark, _MARK)] if mark else [])]:
+        parts += [_box(x, _TOP, 10, 10, color), _text(x + 14, _TOP + 9, name)]
+        x += 14 + _LETTER * len(name) + 12
+    return parts
 
 
 def _vertical_grid(axis: _Axis, height: float, unit: str) -> list[str]:

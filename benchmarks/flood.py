@@ -34,6 +34,7 @@ from benchmarks.processes import (
     data_directory,
     describe_machine,
     is_ours,
+    role_names,
     serve,
     started,
 )
@@ -183,7 +184,10 @@ def draw(result: dict[str, Any]) -> str:
     return curves(
         f"Resident memory while {result['producers']} producers send what they can",
         timeline["seconds"],
-        {name: [value / MIB for value in values] for name, values in timeline["resident_bytes"].items()},
+        {
+            shown: [value / MIB for value in timeline["resident_bytes"][name]]
+            for name, shown in role_names(timeline["resident_bytes"]).items()
+        },
         unit="MiB",
         spans=[Span(0.0, result["seconds"])],
         spans_are="flood",

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -270,6 +271,22 @@ def _named(process: psutil.Process) -> str:
 def is_ours(name: str) -> bool:
     """Whether a process, by its name in `cpu_seconds` or `ResidentMemory`, runs code of the service: not Ray's."""
     return name.startswith(("serve ", "FrontendActor ", "ShardActor ", "CoordinatorActor "))
+
+
+def role_names(names: Iterable[str]) -> dict[str, str]:
+    """What the service's processes are called in a drawing, by their names in `ResidentMemory`.
+
+    >>> role_names(["ShardActor (71)", "ShardActor (72)", "FrontendActor (80)"])
+    {'ShardActor (71)': 'shard 1', 'ShardActor (72)': 'shard 2', 'FrontendActor (80)': 'frontend'}
+    """
+    roles = {name: name.partition(" (")[0].removesuffix("Actor").lower() for name in names}
+    kinds = list(roles.values())
+    seen: Counter[str] = Counter()
+    shown = {}
+    for name, role in roles.items():
+        seen[role] += 1
+        shown[name] = f"{role} {seen[role]}" if kinds.count(role) > 1 else role
+    return shown
 
 
 def _role(process: psutil.Process) -> str:

@@ -38,6 +38,7 @@ from benchmarks.processes import (
     data_directory,
     describe_machine,
     is_ours,
+    role_names,
     serve,
     started,
 )
@@ -266,8 +267,8 @@ def draw(result: dict[str, Any]) -> str:
         f"Resident memory at {result['events_per_second']:,.0f} events/s, {result['users']:,} users",
         memory["seconds"],
         {
-            name: [value / MIB for value in found["resident_bytes"]]
-            for name, found in memory["processes"].items()
+            shown: [value / MIB for value in memory["processes"][name]["resident_bytes"]]
+            for name, shown in role_names(memory["processes"]).items()
             if not name.startswith(("serve ", "CoordinatorActor "))
         },
         unit="MiB",
