@@ -78,7 +78,7 @@ class Senders:
         """Sends everything once more, as somebody who never heard an answer."""
         with GrpcCaller(service.grpc_address) as rpc:
             self._call(rpc, self.requests)
-            # What the producer is told of is enough for one that listens.
+            # A producer is told where it was; one that does not listen changes nothing.
             assert self._stream(rpc, self.batches) == len(self.batches)
             self._call(rpc, [event_service_pb2.IngestEventsRequest(events=self.single)])
 
@@ -120,7 +120,9 @@ def read(service: ServeProcess, events: int) -> dict[str, bytes]:
             assert time.monotonic() < deadline, f"{population.event_count} events of {events}"
             time.sleep(0.1)
         found = {user: _answer(rpc, "GetProfile", delimited(1, user.encode())) for user in USERS}
-    # In which order shards are added up shows in the last digit.
+    # In which order shards are added up shows in the last digit, and among values of the same weight.
+    makes = population.features["make"].top_k.entries
+    makes.sort(key=lambda entry: (-entry.weight, entry.value))
     price = population.features["price"].distribution
     price.mean, price.stddev = round(price.mean, 9), round(price.stddev, 9)
     return {user: profile.SerializeToString(deterministic=True) for user, profile in {**found, "": population}.items()}
