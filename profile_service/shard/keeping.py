@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from profile_service.domain.columns import EventColumns
 from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
-from profile_service.errors import Unavailable
+from profile_service.errors import DataLoss, Unavailable
 from profile_service.shard.dedupe import EventIdWindow, ProducerSequences
 
 
@@ -29,11 +29,25 @@ class Interrupted(Unavailable):
 
     Attributes:
         full: the store has no room for writes.
+        stored: so many of the parts that were appended are stored, the first ones, whatever became of the next.
     """
 
-    def __init__(self, message: str, *, full: bool = False) -> None:
+    def __init__(self, message: str, *, full: bool = False, stored: int = 0) -> None:
         super().__init__(message, retry_after_s=0.5)
         self.full = full
+        self.stored = stored
+
+
+class DamagedRow(DataLoss):
+    """A stored row that events were to be counted into cannot be read.
+
+    Attributes:
+        stored: as of `Interrupted`.
+    """
+
+    def __init__(self, message: str, stored: int) -> None:
+        super().__init__(message)
+        self.stored = stored
 
 
 class HeldState(Protocol):

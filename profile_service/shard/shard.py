@@ -31,7 +31,6 @@ from profile_service.domain.columns import EventColumns
 from profile_service.domain.index import Strings
 from profile_service.domain.population import Population
 from profile_service.errors import (
-    DataLoss,
     InvalidArgument,
     NotMine,
     ProfileServiceError,
@@ -41,7 +40,7 @@ from profile_service.errors import (
 )
 from profile_service.shard.following import Following, Taken
 from profile_service.shard.health import FULL, SERVING, STALLED, Health
-from profile_service.shard.keeping import DurableLog, HeldState, Interrupted, Snapshots
+from profile_service.shard.keeping import DamagedRow, DurableLog, HeldState, Interrupted, Snapshots
 from profile_service.shard.lease import Lease
 from profile_service.shard.log_records import (
     RECORD_EVENTS,
@@ -133,13 +132,8 @@ class _Checked:
     partitions: NDArray[np.int64]
 
 
-@dataclass
-class _Admitted:
-    """A submission, and what of it is in the log."""
-
-    submission: _Submission
-    works: list[tuple[EventColumns, int]]
-    """Of each part that was appended: the events to be counted, and when they came."""
+_Admitted = tuple[_Submission, list[tuple[EventColumns, int]]]
+"""A submission, and of each of its parts that were appended the events to be counted and when they came."""
 
 
 class Shard:
@@ -443,32 +437,31 @@ class Shard:
                 await asyncio.sleep(0)
         if not checked or not await self._make_room_for(checked):
             return []
-        applicable = [
-            _Admitted(submission, [work for part in parts if (work := self._append(part)) is not None])
+        applicable: list[_Admitted] = [
+            (submission, [work for part in parts if (work := self._append(part)) is not None])
             for submission, parts in checked
         ]
-        stored_before = self._log.position
         try:
             await self._log.sync()
         except Interrupted as interruption:
             self._stall(interruption)
             error = StorageFull(self._health.message, FULL_RETRY_S) if interruption.full else interruption
-            for submission in self._answer_stored(applicable, self._log.position - stored_before, interruption):
+            for submission in self._answer_stored(applicable, interruption.stored, interruption):
                 _fail(submission, error)
             return []
-        except DataLoss as loss:
+        except DamagedRow as loss:
             logger.error("shard %d: %s", self.shard_id, loss.message)
-            stopped = self._answer_stored(applicable, self._log.position - stored_before, loss)
+            stopped = self._answer_stored(applicable, loss.stored, loss)
             if len(stopped) > 1:
                 return stopped
             for submission in stopped:
                 _fail(submission, loss)
             return []
-        for admitted in applicable:
-            for columns, received_ns in admitted.works:
+        for submission, works in applicable:
+            for columns, received_ns in works:
                 await self._apply(columns, received_ns)
                 self.moves.applied(columns)
-            self._acknowledge(admitted.submission)
+            self._acknowledge(submission)
         return []
 
     def _answer_stored(
@@ -477,15 +470,15 @@ class Shard:
         """Answers those of a group of which something is stored, when its first so many parts are and then a store
         failed: acknowledges those that are stored whole. Returns those of which nothing is known to be stored."""
         rest = []
-        for admitted in applicable:
-            if parts >= len(admitted.works):
+        for submission, works in applicable:
+            if parts >= len(works):
                 # What a store has was applied on the way there.
-                self._acknowledge(admitted.submission)
+                self._acknowledge(submission)
             elif parts > 0:
-                _fail(admitted.submission, Interrupted(f"of the request a part was stored: {reason.message}"))
+                _fail(submission, Interrupted(f"of the request a part was stored: {reason.message}"))
             else:
-                rest.append(admitted.submission)
-            parts -= len(admitted.works)
+                rest.append(submission)
+            parts -= len(works)
         return rest
 
     def _acknowledge(self, submission: _Submission) -> None:

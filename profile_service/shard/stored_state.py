@@ -33,7 +33,7 @@ from profile_service.domain.schema import Schema
 from profile_service.domain.table import ProfileTable
 from profile_service.errors import DataLoss, Unavailable
 from profile_service.shard.dedupe import NO_PARTITION, Admission, EventIds
-from profile_service.shard.keeping import Interrupted
+from profile_service.shard.keeping import DamagedRow, Interrupted
 from profile_service.shard.log_records import RECORD_EVENTS
 from profile_service.shard.row_cache import RowCache, Stage, damaged_row
 from profile_service.shard.run_writes import ACKNOWLEDGED, USED, OwnedGroup, RunEvents, RunWrites
@@ -261,10 +261,10 @@ class StoredState(Admission):
             if used_ns and producer_id not in producers:
                 producers.load_producers([(producer_id, last, acknowledged, used_ns)])
 
-    def _interrupted(self, fault: StoreFault) -> Interrupted:
+    def _interrupted(self, fault: StoreFault, stored: int = 0) -> Interrupted:
         self._lost = True
         self._full = isinstance(fault, StoreFull)
-        return Interrupted(fault.message, full=self._full)
+        return Interrupted(fault.message, full=self._full, stored=stored)
 
     # --- what the commit loop calls ---
 
@@ -303,20 +303,23 @@ class StoredState(Admission):
         """Returns when the store has everything appended, and it can be read.
 
         Raises:
-            Interrupted: the store has what `position` says, and nothing of the rest where it is full.
-            DataLoss: the row of a user whose events were appended is damaged; the store has what `position` says.
+            Interrupted: the store has what that says, and nothing of the rest where it is full.
+            DamagedRow: that of a user whose events were appended.
         """
         pending, self._pending = self._pending, []
+        stored = 0
         try:
             for run in _runs(pending):
                 await self._store_run(run)
-                self.position += len(run)
+                stored += len(run)
         except StoreFault as fault:
-            raise self._interrupted(fault) from fault
-        except DataLoss:
+            raise self._interrupted(fault, stored) from fault
+        except DataLoss as loss:
             # What was admitted is not all stored.
             self._lost = True
-            raise
+            raise DamagedRow(loss.message, stored) from loss
+        finally:
+            self.position += stored
 
     async def close(self) -> None:
         """Ends the store's connections."""
