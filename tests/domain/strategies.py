@@ -67,7 +67,10 @@ def changed(draw: st.DrawFn, schema: Schema) -> tuple[Schema, list[str]]:
             features[name] = draw(_feature(kind, types))
             reset.append(name)
     for name in draw(st.lists(NAMES, min_size=0 if features else 1, max_size=2)):
-        features.setdefault(name, draw(_feature(draw(st.sampled_from(list(KINDS))), types)))
+        if name not in features:
+            features[name] = draw(_feature(draw(st.sampled_from(list(KINDS))), types))
+            # One that was dropped comes back as another.
+            reset += [spec.name for spec in schema.features if spec.name == name]
     declared["features"] = {name: features[name] for name in draw(st.permutations(sorted(features)))}
     declared["ttl"] = draw(HALF_LIVES)
     unused = set(types).difference(*(feature.get("events", types) for feature in features.values()))
