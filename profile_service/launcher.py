@@ -21,6 +21,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from profile_service import kernel_cache
 from profile_service.cluster.embedded_ray import EmbeddedRay
 from profile_service.cluster.plan import Node, Plan, Progress
 from profile_service.cluster.ports import bind
@@ -196,12 +197,18 @@ class Service:
         progress: Tell,
         stopped: Callable[[], bool],
     ) -> None:
-        progress("compiling kernels, which takes about a minute the first time, and starting Ray")
-        warm = _in_thread(lambda: _warm(schema, is_local=settings.storage.is_local))
+        is_local = settings.storage.is_local
+        warm: Future[None] | None = None
+        if kernel_cache.is_complete(schema.fingerprint, is_local=is_local):
+            progress("starting Ray")
+        else:
+            progress("compiling kernels, which takes about a minute the first time, and starting Ray")
+            warm = _in_thread(lambda: _warm(schema, is_local=is_local))
         shard_ids = directory.shard_ids()
         shards = len(shard_ids)
         self._ray = EmbeddedRay(workers=shards + RAY_WORKERS)
-        warm.result()
+        if warm is not None:
+            warm.result()
         # These import Ray, which reads its environment then.
         import ray
 
@@ -426,6 +433,7 @@ def _warm(schema: Schema, *, is_local: bool) -> None:
     if not is_local:
         warm_stored_kernels(schema)
     warm_scanning()
+    kernel_cache.note_complete(schema.fingerprint, is_local=is_local)
 
 
 def _in_thread(work: Callable[[], None]) -> Future[None]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import profile_service
+from profile_service import kernel_cache
 
 PACKAGE = Path(profile_service.__file__).parent
 
 
 def main() -> None:
     """Drops what numba kept of the package, then runs every kernel of the shipped schemas."""
-    for kept in PACKAGE.rglob("*.nb[ic]"):
+    for kept in PACKAGE.rglob("*.nb[ics]"):
         kept.unlink(missing_ok=True)
 
     from profile_service.domain.schema import load_schema
@@ -24,8 +25,11 @@ def main() -> None:
 
     warm_scanning()
     for name in ("marketplace", "retail"):
-        warm_kernels(load_schema(name))
-        warm_stored_kernels(load_schema(name))
+        schema = load_schema(name)
+        warm_kernels(schema)
+        warm_stored_kernels(schema)
+        for is_local in (True, False):
+            kernel_cache.note_complete(schema.fingerprint, is_local=is_local)
 
 
 if __name__ == "__main__":

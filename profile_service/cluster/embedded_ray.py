@@ -18,6 +18,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from profile_service.cluster.scratch import ScratchDirectory
 from profile_service.config import MIB
@@ -50,17 +52,7 @@ class EmbeddedRay:
         handler = signal.getsignal(signal.SIGTERM) if on_main_thread else None
         try:
             with _without_unused_processes():
-                ray.init(
-                    address="local",
-                    # One started worker process for each actor: they wait for the actors, not the other way round.
-                    num_cpus=workers,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    configure_logging=False,
-                    log_to_driver=True,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(self._scratch.path),
-                )
+                ray.init(**arguments(workers, self._scratch.path))
         except BaseException:
             self._scratch.remove()
             raise
@@ -74,6 +66,21 @@ class EmbeddedRay:
 
         ray.shutdown()
         self._scratch.remove()
+
+
+def arguments(workers: int, directory: Path) -> dict[str, Any]:
+    """What `ray.init` is told."""
+    return {
+        "address": "local",
+        # One started worker process for each actor: they wait for the actors, not the other way round.
+        "num_cpus": workers,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "configure_logging": False,
+        "log_to_driver": True,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": str(directory),
+    }
 
 
 @contextmanager
