@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
 from tests.e2e.known_load import KnownLoad, known_event, status, write_schema
@@ -104,6 +105,30 @@ def test_the_shards_of_a_lost_node_go_on_elsewhere_and_count_every_event_once(de
     deployed.deploy()
     assert homes(deployed.status()) == before
     load.wait_for_progress()
+    load.finish()
+    load.check()
+
+
+def test_a_coordinator_that_is_killed_comes_back_and_no_caller_sees_an_error(deployed: Deployed, seed: int) -> None:
+    def coordinators() -> set[int]:
+        # The kernel keeps fifteen letters of a name.
+        return {p.pid for p in deployed.cluster.processes() if p.name().startswith("ray::Coordinato")}
+
+    load = KnownLoad(deployed.address, seed)
+    load.start()
+    load.wait_for_progress()
+    before = homes(deployed.status())
+    (killed,) = coordinators()
+    with Reader(deployed.address, load.sources[0].user_of) as reader:
+        psutil.Process(killed).kill()
+        deadline = time.monotonic() + PATIENCE_S
+        while not coordinators() - {killed}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # It has nothing of the one before but what is on disk: nodes, homes, leases, and the lease of the store.
+        deployed.until(lambda found: all_serve(found) and homes(found) == before)
+        load.wait_for_progress(200)
+    assert not reader.errors
     load.finish()
     load.check()
 
