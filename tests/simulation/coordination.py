@@ -303,7 +303,7 @@ class World:
             self.seen["shards killed twice"] += 1
             await process.end(power=False)
             self._start_again(process)
-            await asyncio.sleep(random.random())
+            await asyncio.sleep(0.2 + random.random() * 0.3)
             again = self.current.get((process.shard_id, process.machine))
             if again is not None and again.alive:
                 await self._hurt(again, "kill")
