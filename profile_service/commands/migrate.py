@@ -38,6 +38,8 @@ def migrate(
 
     if ("://" in source) == ("://" in target):
         raise StartupError("one of FROM and TO must be a data directory, and the other the URL of a store (redis://…)")
+    if shards is not None and "://" in target:
+        raise StartupError("--shards: a store has none; it is for a new data directory")
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr()) as bar:

@@ -120,7 +120,8 @@ async def stored_rows(store: RedisStore, schema: Schema, group: int) -> AsyncIte
             some = list(dict.fromkeys(user_ids[start : start + STEP_USERS]))
             rows = await store.fetch(group, schema.fingerprint, some)
             left = await store.times_left(group, schema.fingerprint, some)
-            held = [(*both, ms) for *both, ms in zip(some, rows, left, strict=True) if both[1] is not None]
+            # One that expired in between is not to stay for ever.
+            held = [one for one in zip(some, rows, left, strict=True) if None not in one]
             if held:
                 yield StoredRows(*(list(column) for column in zip(*held, strict=True)))
 

@@ -382,11 +382,11 @@ class RedisStore:
         commands = (_set(before + user, row, left) for user, row, left in zip(user_ids, rows, left_ms, strict=True))
         await self._client.pipe(commands, together=False)
 
-    async def times_left(self, group: int, fingerprint: str, user_ids: Sequence[bytes]) -> list[int]:
-        """Milliseconds that rows have left; 0 for ever, or for a row that is not there."""
+    async def times_left(self, group: int, fingerprint: str, user_ids: Sequence[bytes]) -> list[int | None]:
+        """Milliseconds that rows have left; 0 for ever, None for a row that is not there."""
         before = self.keys.rows(group, fingerprint)
         found = await self._client.pipe((("PTTL", before + user_id) for user_id in user_ids), together=False)
-        return [max(0, left) for left in found]
+        return [{-2: None, -1: 0}.get(left, max(1, left)) for left in found]
 
     async def move_rows(
         self,

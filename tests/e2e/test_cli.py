@@ -210,6 +210,10 @@ def test_a_migration_that_cannot_be_is_refused(sides: tuple[str, str]) -> None:
     assert_fails(run("migrate", *sides), "redis://" if "://" in sides[1] else "directory")
 
 
+def test_a_store_is_asked_for_no_number_of_shards(tmp_path: Path) -> None:
+    assert_fails(run("migrate", str(tmp_path), "redis://localhost", "--shards", "3"), "--shards", "data directory")
+
+
 @pytest.mark.parametrize(
     "command", [["get", "u1"], ["status"], ["snapshot"], ["ingest", __file__, "--format", "csv"]], ids=lambda c: c[0]
 )

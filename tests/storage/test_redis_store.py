@@ -170,7 +170,11 @@ async def use(store: RedisStore, group: int) -> None:
     assert (held.population, held.users) == ({partitions[0]: b"sums"}, {partitions[0]: 50})
     seen = [user async for piece in store.scan_rows(group, "f") for user in piece]
     assert sorted(set(seen)) == sorted(users)
+    (left, gone) = await store.times_left(group, "f", [users[0], b"nobody"])
+    assert left is not None
+    assert (0 < left <= 60_000, gone) == (True, None)
     await store.move_rows(group, "f", "g", users, [b"new"] * 50, [0] * 50)
+    assert await store.times_left(group, "g", users[:1]) == [0]
     assert await store.fetch(group, "g", users[:1]) == [b"new"]
     assert await store.fetch(group, "f", users) == [None] * 50
     await store.move_population(group, "f", "g", {partitions[0]: b"sums of g"})
