@@ -52,6 +52,7 @@ def test_ingest_compares_sync_modes_and_peers_in_turns(tmp_path: Path) -> None:
     assert [row["bound"] for row in result["costs"]] == bounds
 
 
+@pytest.mark.long
 def test_recovery_says_its_phases(tmp_path: Path) -> None:
     flags = ("--users", "500", "--history", "2", "--events", "1000", "--batch", "100", "--rounds", "2")
     result = bench("recovery", tmp_path, *flags)
@@ -65,6 +66,7 @@ def test_recovery_says_its_phases(tmp_path: Path) -> None:
     assert result["page_cache"] == "warm"
 
 
+@pytest.mark.long
 def test_reads_are_measured_beside_an_echo_and_a_peer(tmp_path: Path) -> None:
     flags = ("--users", "300", "--history", "2", "--turn-s", "0.2", "--rounds", "2", "--steady-s", "0.5")
     result = bench("read", tmp_path, *flags)
