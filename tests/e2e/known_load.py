@@ -333,18 +333,20 @@ class PlainSource(CallSource):
 
 @dataclass
 class KnownLoad:
-    """Several sources at once."""
+    """Several sources at once. On one service each load needs a `name` of its own: its users and producers are called
+    by it."""
 
     address: str
     seed: int
+    name: str = ""
     sources: list[Source] = field(default_factory=list)
 
     def start(self) -> None:
         """Begins to send."""
         self.sources = [
-            *(ProducerSource(f"producer{number}", self.address, self.seed) for number in range(3)),
-            RequestSource("request", self.address, self.seed),
-            PlainSource("plain", self.address, self.seed),
+            *(ProducerSource(f"{self.name}producer{number}", self.address, self.seed) for number in range(3)),
+            RequestSource(f"{self.name}request", self.address, self.seed),
+            PlainSource(f"{self.name}plain", self.address, self.seed),
         ]
         for source in self.sources:
             source.start()

@@ -114,7 +114,7 @@ def test_a_coordinator_that_is_killed_comes_back_and_no_caller_sees_an_error(dep
         # The kernel keeps fifteen letters of a name.
         return {p.pid for p in deployed.cluster.processes() if p.name().startswith("ray::Coordinato")}
 
-    load = KnownLoad(deployed.address, seed)
+    load = KnownLoad(deployed.address, seed, "coordinator-")
     load.start()
     load.wait_for_progress()
     before = homes(deployed.status())

@@ -261,7 +261,7 @@ def take_a_shard_away(deployed: Deployed) -> None:
 def test_a_node_is_drained_under_load_and_lost_and_nobody_waits_for_it(deployed: Deployed, seed: int) -> None:
     deployed.until_in_sync()
     cluster, shards = deployed.cluster, len(deployed.status().shards)
-    load = KnownLoad(deployed.address, seed)
+    load = KnownLoad(deployed.address, seed, "drain-")
     load.start()
     load.wait_for_progress()
     with Reader(deployed.address, load.sources[0].user_of) as reader:
