@@ -314,8 +314,9 @@ class World:
             with contextlib.suppress(ProfileServiceError):
                 self.seen["snapshots"] += 1
                 await process.shard.create_snapshot()
-        elif what == "replace" and process.shard is not None:
-            # Stopped, then another process is started from a copy of its disk; it wakes when its lease has run out.
+        elif what == "replace" and process.shard is not None and self._is_at_home(process):
+            # Stopped, then another process is started from a copy of its disk; it wakes when its lease has run out. A
+            # standby has no lease, and one that was in sync is taken to have everything: of it there may be no copy.
             self.seen["shards replaced"] += 1
             stopped = process.stop_for(LEASE_S * random.uniform(1.05, 2.0))
             await asyncio.sleep(random.random() * LEASE_S)
@@ -326,6 +327,10 @@ class World:
                 await asyncio.shield(stopped)
                 await asyncio.sleep(random.random())
                 await process.end(power=False)
+
+    def _is_at_home(self, process: ShardProcess) -> bool:
+        places: Places = self.memory.state["places"]
+        return places.homes.get(process.shard_id) == process.machine
 
     async def _burn(self, shard_id: int) -> bool:
         """The machine of an owner is lost with its disk, if that is the only thing that is amiss with the shard: the
