@@ -92,6 +92,8 @@ class Fleet:
         """By Ray's id: those that are part of the cluster now, and surveyed."""
         self._surveying: dict[str, asyncio.Task[Node]] = {}
         """By Ray's id: those that are not surveyed yet."""
+        self._unreachable: set[str] = set()
+        """Ids of nodes that could not be surveyed: what is there stays as it is."""
         self._surveyed_at: dict[str, float] = {}
         """By Ray's id: when, by the loop's clock."""
         self._away: dict[str, Node] = {}
@@ -161,7 +163,8 @@ class Fleet:
     @property
     def outdated(self) -> int:
         """How many processes are of another generation."""
-        return sum(process.generation != self._plan.generation for process in self._processes())
+        processes = [*self._frontends.values(), *self._shards.values()]
+        return sum(process.generation != self._plan.generation for process in processes)
 
     def standings(self) -> list[NodeStanding]:
         """How the nodes do, by address."""
@@ -226,7 +229,7 @@ class Fleet:
                 except Exception as error:  # noqa: BLE001  # A node, a disk: the other shards are seen to all the same.
                     logger.warning("shard %d cannot be seen to now: %s", shard_id, reason_of(error))
             for node in self._nodes.values():
-                if node.node_id not in self._frontends:
+                if node.node_id not in self._frontends and node.node_id not in self._unreachable:
                     self._frontends[node.node_id] = create_frontend(self._plan, node)
         await self._describe_frontends()
         async with self._looked:
@@ -267,15 +270,25 @@ class Fleet:
 
     async def update(self) -> None:
         """Replaces processes of another generation, one after the other; stops where one does not come to serve."""
+        while self.outdated and not self.update_fault:
+            await self._replace_outdated()
+            # Some may be on nodes that are not surveyed yet.
+            async with self._looked:
+                await self._looked.wait()
+
+    async def _replace_outdated(self) -> None:
         generation = self._plan.generation
         for node_id, process in sorted(self._frontends.items()):
-            if process.generation != generation and node_id in self._nodes:
+            if process.generation != generation and self._is_reachable(node_id):
                 await self._replace_frontend(process)
         homes = self._places.homes
         # Standbys first: those that can take over then do, of the schema of now.
         shards = sorted(self._shards.items(), key=lambda item: homes.get(item[0][0]) == self._name_of(item[0][1]))
         for (shard_id, _), process in shards:
-            if process.generation == generation or process.node_id not in self._nodes:
+            if process.generation == generation or not self._is_reachable(process.node_id):
+                continue
+            if self._shards.get((shard_id, process.node_id)) is not process:
+                # Ended meanwhile, as it is meant to be elsewhere.
                 continue
             if fault := await self._replace_shard(shard_id, process):
                 self.update_fault = f"shard {shard_id} does not start as deployed: {fault}"
@@ -294,8 +307,9 @@ class Fleet:
             await asyncio.gather(*(self._end(process, timeout_s) for process in self._shards.values()))
             self._shards.clear()
 
-    def _processes(self) -> list[Process]:
-        return [p for p in (*self._frontends.values(), *self._shards.values()) if p.node_id in self._nodes]
+    def _is_reachable(self, node_id: str) -> bool:
+        """Whether it is known what the node has, so that processes can be started there."""
+        return node_id in self._nodes and node_id not in self._unreachable
 
     def _name_of(self, node_id: str) -> str:
         return self._nodes[node_id].name if node_id in self._nodes else ""
@@ -373,8 +387,11 @@ class Fleet:
             async with asyncio.timeout(SURVEY_TIMEOUT_S):
                 seen: Survey = await run_on_node(node_id, survey, self._plan.settings, self._plan.manifest, address)
         except Exception as error:  # noqa: BLE001  # Whatever it is, the node is looked at again.
+            self._unreachable.add(node_id)
             data_dir = self._plan.settings.storage.data_dir or Path()
             seen = Survey("", data_dir, fault=f"it cannot be looked at: {reason_of(error) or 'no answer'}")
+        else:
+            self._unreachable.discard(node_id)
         return Node(
             node_id=node_id,
             name=seen.name,

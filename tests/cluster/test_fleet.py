@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,27 @@ from profile_service.cluster.processes import Process
 from profile_service.cluster.survey import Survey, make_shard_directory, survey
 from profile_service.config import Settings, Storage
 from profile_service.storage.data_directory import Manifest
+from tests.cluster.local_cluster import until
 
 REDIS = "redis://cache:6379/0"
 
 
+@dataclass(frozen=True)
+class Description(FrontendDescription):
+    """A frontend's, and a shard's."""
+
+    state: str = "serving"
+
+
 class Handle:
-    """An actor; `describe` is all that is asked of it."""
+    """An actor, which does at once what it is asked."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.describe = self
+        self.describe = self.drain = self
 
-    async def remote(self, *_: object) -> FrontendDescription:
-        return FrontendDescription("host:1", "host:2", ready=True)
+    async def remote(self, *_: object) -> Description:
+        return Description("host:1", "host:2", ready=True)
 
 
 class Cluster:
@@ -194,3 +203,34 @@ async def test_a_disk_without_room_keeps_no_other_shard_from_starting(cluster: C
     (full,) = [standing for standing in fleet.standings() if standing.node_id == "a"]
     assert full.state == "faulty"
     assert "cannot be made: no room" in full.message
+
+
+async def test_an_update_replaces_what_is_on_a_node_that_is_surveyed_late(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.alive = {"a", "b"}
+    cluster.hanging = {"b"}
+    cluster.directories = {"a": {0}, "b": {1}}
+    handles: list[Any] = [Handle(f"{what} before on {node}") for node in "ab" for what in ("frontend", "shard")]
+    before = [
+        Process("frontend", "a", "before", handles[0]),
+        Process("shard-0", "a", "before", handles[1]),
+        Process("frontend", "b", "before", handles[2]),
+        Process("shard-1", "b", "before", handles[3]),
+    ]
+    monkeypatch.setattr(fleet_module, "find_processes", lambda: before)
+    fleet, _ = fleet_of(places=Places({0: "name of a", 1: "name of b"}))
+    await fleet.adopt()
+    following, updating = asyncio.create_task(fleet.follow()), asyncio.create_task(fleet.update())
+    await until(lambda: len(cluster.killed) == 2)
+    assert fleet.outdated == 2
+    assert not updating.done()
+    cluster.hanging = set()
+    # Ray has given the call up that hangs.
+    for task in fleet._surveying.values():
+        task.cancel()
+    fleet._surveying.clear()
+    await updating
+    assert sorted(cluster.killed) == sorted(handle.name for handle in handles)
+    assert fleet.outdated == 0
+    following.cancel()
