@@ -261,6 +261,11 @@ def take_a_shard_away(deployed: Deployed) -> None:
 def test_a_node_is_drained_under_load_and_lost_and_nobody_waits_for_it(deployed: Deployed, seed: int) -> None:
     deployed.until_in_sync()
     cluster, shards = deployed.cluster, len(deployed.status().shards)
+    if sum(bool(node.shard_ids) for node in deployed.status().nodes) == 1:
+        # Standbys that took over are all on one node: its users need a shard elsewhere to go to.
+        done = run("scale", "--shards", str(shards + 1), "--address", deployed.address)
+        assert done.returncode == 0, done.stderr
+        deployed.until_in_sync()
     load = KnownLoad(deployed.address, seed, "drain-")
     load.start()
     load.wait_for_progress()
