@@ -57,7 +57,7 @@ SURVEY_PATIENCE_S = 3.0
 those that do wait for it."""
 
 RESURVEY_S = 10.0
-"""How soon a node that could not be used is surveyed again."""
+"""How soon a node that could not be used is tried again."""
 
 DESCRIBE_TIMEOUT_S = 2.0
 REPLACED_S = 0.2
@@ -94,6 +94,8 @@ class Fleet:
         """By Ray's id: those that are not surveyed yet."""
         self._unreachable: set[str] = set()
         """Ids of nodes that could not be surveyed: what is there stays as it is."""
+        self._refused_at: dict[str, float] = {}
+        """Ids of nodes on which a directory could not be made: when, by the loop's clock."""
         self._surveyed_at: dict[str, float] = {}
         """By Ray's id: when, by the loop's clock."""
         self._away: dict[str, Node] = {}
@@ -426,7 +428,7 @@ class Fleet:
         standby = self._places.standbys.get(shard_id)
         node = None if standby is None else self._node_named(standby.node)
         if standby is None or (node is None and not standby.in_sync and self._has_left(standby.node)):
-            chosen = home_of_standby(self._nodes.values(), self._places, shard_id)
+            chosen = home_of_standby(self._able(), self._places, shard_id)
             if chosen is None:
                 fault = "no other node can take one: what is acknowledged is on one machine only"
                 if self._standby_faults.get(shard_id) != fault:
@@ -455,6 +457,11 @@ class Fleet:
         """Whether the node has left, so that what can be anywhere goes elsewhere. A coordinator that has just begun may
         only not have found it yet."""
         return name in self._away or self._has_left(name)
+
+    def _able(self) -> list[Node]:
+        """The nodes that may be given something new."""
+        before_s = asyncio.get_running_loop().time() - RESURVEY_S
+        return [node for node in self._nodes.values() if self._refused_at.get(node.node_id, before_s) <= before_s]
 
     def _has_left(self, name: str) -> bool:
         """Whether the node has been away for so long that its standbys go elsewhere."""
@@ -492,7 +499,7 @@ class Fleet:
             self._faults[shard_id] = f"there is a directory of it on each of {where}; which one is right is not known"
             return None
         # A directory that no home was given to: of a service of one machine, or of a home that was not yet durable.
-        home = found[0] if found else home_of_new_shard(self._nodes.values(), self._places)
+        home = found[0] if found else home_of_new_shard(self._able(), self._places)
         if home is None:
             self._faults[shard_id] = f"no node can take it: none has {self._plan.resource} and a usable data directory"
             return None
@@ -508,8 +515,9 @@ class Fleet:
             async with asyncio.timeout(SURVEY_TIMEOUT_S):
                 await run_on_node(node.node_id, make_shard_directory, node.data_dir, shard_id)
         except Exception as error:
-            fault = f"{shard_directory(node.data_dir, shard_id)} cannot be made: {reason_of(error)}"
-            self._take_in(replace(node, fault=fault))
+            # What is there already goes on; what is new goes elsewhere for a while.
+            self._refused_at[node.node_id] = asyncio.get_running_loop().time()
+            logger.warning("%s: a directory for shard %d cannot be made: %s", node.address, shard_id, reason_of(error))
             raise
         self._nodes[node.node_id] = made = replace(node, shards=node.shards | {shard_id})
         return made

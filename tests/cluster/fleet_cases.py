@@ -193,16 +193,18 @@ async def test_a_node_that_does_not_answer_holds_up_none_of_the_others(cluster: 
     assert where(fleet, 2) in ("a", "b")
 
 
-async def test_a_disk_without_room_keeps_no_other_shard_from_starting(cluster: Cluster) -> None:
+async def test_a_disk_without_room_keeps_no_shard_from_starting_elsewhere_nor_one_that_is_there_from_being_found(
+    cluster: Cluster,
+) -> None:
     cluster.alive = {"a", "b"}
     cluster.full = {"a"}
-    fleet, register = fleet_of(shards=3)
-    await fleet.adopt()
-    await fleet.look()
-    assert register.places.homes == dict.fromkeys(range(3), "name of b")
-    (full,) = [standing for standing in fleet.standings() if standing.node_id == "a"]
-    assert full.state == "faulty"
-    assert "cannot be made: no room" in full.message
+    cluster.directories = {"a": {0}}
+    fleet, register = fleet_of(shards=4, places=Places({0: "name of a"}))
+    for _ in range(2):
+        await fleet.adopt()
+    assert register.places.homes == {0: "name of a", 1: "name of b", 2: "name of b", 3: "name of b"}
+    assert where(fleet, 0) == "a"
+    assert not cluster.killed
 
 
 async def test_an_update_replaces_what_is_on_a_node_that_is_surveyed_late(
