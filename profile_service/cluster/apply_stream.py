@@ -1,13 +1,13 @@
 """Events on their way to one owner: in order, bounded in bytes, sent again where that cannot count them twice.
 
-The shard keeps a prefix of what a call carries (see shard.proto): once it has refused a request it refuses the later
+The shard keeps a prefix of what a stream carries (see shard.proto): once it has refused a request it refuses the later
 ones too. So on the first refusal our side is closed, and when the shard has answered everything, what it refused goes
 back to the head of the queue in the old order.
 
 | what became of a request | what becomes of its parts |
 |---|---|
 | applied | done |
-| no answer: the call was lost | sent again if they name a producer, otherwise UNAVAILABLE: they may be applied |
+| no answer: the stream was lost | sent again if they name a producer, otherwise UNAVAILABLE: they may be applied |
 | not mine, shutting down, after a refusal | sent again when the topology is fresh |
 | overloaded | sent again if the lane is patient, otherwise RESOURCE_EXHAUSTED |
 | the disk is full | RESOURCE_EXHAUSTED: it takes longer than a stream can wait |
@@ -20,16 +20,15 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 
-from grpc import aio
-
 from profile_service.cluster.batches import Part
-from profile_service.cluster.owner_stream import OwnerStream
+from profile_service.cluster.owner_stream import Connect, OwnerStream
 from profile_service.config import MIB
 from profile_service.errors import InvalidArgument, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
+from profile_service.rpc.frames import Message
 from profile_service.wire.apply_request import encode_request
 from userprofile.internal.v1 import shard_pb2
 
-METHOD = "/userprofile.internal.v1.ShardService/Apply"
+METHOD = "Apply"
 MESSAGE_BYTES = MIB
 """Parts are put together up to this size; one larger part is a message of its own."""
 
@@ -41,7 +40,7 @@ Status = shard_pb2.ApplyResponse.Status
 
 
 class ApplyStream(OwnerStream):
-    """The queue of one owner and the call that empties it.
+    """The queue of one owner and the stream that empties it.
 
     Args:
         window_bytes: bytes queued or unanswered beyond which `full` holds.
@@ -51,12 +50,12 @@ class ApplyStream(OwnerStream):
     def __init__(
         self,
         shard_id: int,
-        channel: Callable[[], aio.Channel],
+        connect: Connect,
         lost: Callable[[], Awaitable[bool]],
         window_bytes: int,
         epoch: Callable[[], int],
     ) -> None:
-        super().__init__(METHOD, channel, lost)
+        super().__init__(METHOD, connect, lost)
         self._shard_id = shard_id
         self._window_bytes = window_bytes
         self._epoch = epoch
@@ -104,7 +103,7 @@ class ApplyStream(OwnerStream):
         for part in self.take_all():
             part.batch.lane.fail(error)
 
-    def _next_message(self) -> bytes | None:
+    def _next_message(self) -> list[Message] | None:
         parts: list[Part] = []
         size_bytes = 0
         while self._queue:
@@ -122,9 +121,9 @@ class ApplyStream(OwnerStream):
         self._sent[self._last_request_id] = parts
         return encode_request(self._last_request_id, self._epoch(), [part.content for part in parts])
 
-    def _take_answer(self, message: bytes) -> bool:
+    def _take_answer(self, message: Message) -> bool:
         applied = False
-        response = shard_pb2.ApplyResponse.FromString(message)
+        response = shard_pb2.ApplyResponse.FromString(bytes(message))
         for result in response.results:
             parts = self._sent.pop(result.request_id, [])
             if result.status == Status.STATUS_APPLIED:

@@ -1,5 +1,5 @@
-"""A frontend's connection to one shard: a channel, the stream of events, the stream of questions, and a few
-plain calls."""
+"""A frontend's connection to one shard: the stream of events, the stream of questions, and a channel for a few plain
+calls."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from grpc import aio
 from profile_service.cluster.apply_stream import ApplyStream
 from profile_service.cluster.read_stream import ReadStream
 from profile_service.cluster.topology import ShardLocation
-from profile_service.config import MIB, Capacity, Limits
+from profile_service.config import MIB, Capacity
+from profile_service.rpc.frames import FrameStream, connect
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "/userprofile.internal.v1.ShardService"
 READ_RESPONSE_BYTES = 256 * MIB
 """Largest answer of a shard: a thousand large profiles."""
 
-ANSWER_WINDOW_BYTES = MIB
-"""A shard may send so much of an answer ahead of what was read; with the usual 64 KiB it would wait in the middle of a
-batch read."""
+CONNECT_S = 1.0
+"""How long a connection may take to be made."""
 
 KEEPALIVE_S = 5.0
 """A peer that does not answer a ping for so long is taken for lost."""
-
-
-def internal_message_bytes(limits: Limits) -> int:
-    """Largest request to a shard: the largest batch, all for one owner, and what goes around it."""
-    return limits.message_bytes + MIB
 
 
 class ShardLink:
@@ -43,17 +38,15 @@ class ShardLink:
     def __init__(
         self,
         location: ShardLocation,
-        limits: Limits,
         capacity: Capacity,
         lost: Callable[[], Awaitable[bool]],
         epoch: Callable[[], int],
     ) -> None:
         self.location = location
-        self._limits = limits
         self._channel = self._open_channel()
         shard_id = location.shard_id
-        self.applies = ApplyStream(shard_id, lambda: self._channel, lost, capacity.owner_window_bytes, epoch)
-        self.reads = ReadStream(shard_id, lambda: self._channel, lost, epoch)
+        self.applies = ApplyStream(shard_id, self._open_stream, lost, capacity.owner_window_bytes, epoch)
+        self.reads = ReadStream(shard_id, self._open_stream, lost, epoch)
 
     @property
     def connected(self) -> bool:
@@ -75,6 +68,8 @@ class ShardLink:
         before, self.location = self.location, location
         if location.address != before.address:
             channel, self._channel = self._channel, self._open_channel()
+            self.applies.cut()
+            self.reads.cut()
             await channel.close()
 
     async def acknowledged(self, producer_id: str, timeout_s: float) -> int:
@@ -107,22 +102,29 @@ class ShardLink:
         answer = await call(shard_pb2.CreateSnapshotRequest(), timeout=timeout_s)
         return answer.log_position
 
+    async def _open_stream(self, method: str) -> FrameStream:
+        call = self._channel.unary_unary(
+            f"{SERVICE}/GetStreamPort",
+            request_serializer=shard_pb2.GetStreamPortRequest.SerializeToString,
+            response_deserializer=shard_pb2.GetStreamPortResponse.FromString,
+        )
+        host = self.location.address.rpartition(":")[0].strip("[]")
+        answer = await call(shard_pb2.GetStreamPortRequest(), timeout=CONNECT_S)
+        async with asyncio.timeout(CONNECT_S):
+            return await connect(host, answer.port, method, READ_RESPONSE_BYTES)
+
     def _open_channel(self) -> aio.Channel:
         return aio.insecure_channel(
             # An address that is not known yet refuses connections, as a shard that starts does.
             self.location.address or "127.0.0.1:0",
             options=[
-                ("grpc.max_send_message_length", internal_message_bytes(self._limits)),
-                ("grpc.max_receive_message_length", READ_RESPONSE_BYTES),
-                ("grpc.http2.lookahead_bytes", ANSWER_WINDOW_BYTES),
-                ("grpc.http2.max_frame_size", ANSWER_WINDOW_BYTES),
                 ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.http2.max_pings_without_data", 0),
                 ("grpc.initial_reconnect_backoff_ms", 50),
                 ("grpc.max_reconnect_backoff_ms", 500),
                 # Its name misleads: this is how long a connection may take to be made.
-                ("grpc.min_reconnect_backoff_ms", 1000),
+                ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1000)),
                 ("grpc.use_local_subchannel_pool", 1),
                 ("grpc.enable_http_proxy", 0),
             ],

@@ -1,4 +1,4 @@
-"""One long-lived call from a frontend to a shard: opened, written, read, and opened again when it is lost.
+"""One long-lived stream from a frontend to a shard: opened, written, read, and opened again when it is lost.
 
             ┌──────────────── resume ◀──────────────┐
             ▼                                       │
@@ -17,9 +17,12 @@ import asyncio
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from grpc import aio
+
+from profile_service.rpc.frames import END, FrameStream, Message, StreamLost
 
 FIRST_BACKOFF_S = 0.02
 LAST_BACKOFF_S = 0.5
@@ -28,20 +31,23 @@ _TURNS_TO_GATHER = 2
 
 logger = logging.getLogger(__name__)
 
+Connect = Callable[[str], Coroutine[Any, Any, FrameStream]]
+
 
 class OwnerStream(ABC):
-    """A bidirectional call to one shard.
+    """A stream to one shard.
 
     Args:
-        method: full name of the call, `/package.Service/Method`.
-        channel: gives the channel to open the next call on.
-        lost: awaited before the call is opened again; returns whether something has changed, so that it is worth while
-            to open it at once.
+        method: the stream's name.
+        connect: opens a stream of a method; raises where that cannot be.
+        lost: awaited before the stream is opened again; returns whether something has changed, so that it is worth
+            while to open it at once.
     """
 
-    def __init__(self, method: str, channel: Callable[[], aio.Channel], lost: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, method: str, connect: Connect, lost: Callable[[], Awaitable[bool]]) -> None:
         self._method = method
-        self._channel = channel
+        self._connect = connect
+        self._stream: FrameStream | None = None
         self._lost = lost
         self._wake = asyncio.Event()
         self._settled = asyncio.Event()
@@ -54,8 +60,8 @@ class OwnerStream(ABC):
         self.connected = False
 
     @abstractmethod
-    def _next_message(self) -> bytes | None:
-        """The next message, made of all that waits; None when nothing does."""
+    def _next_message(self) -> Sequence[Message] | None:
+        """The next message in pieces, made of all that waits; None when nothing does."""
 
     async def _gather(self) -> None:
         """Returns when what waits may leave: what arrived with the first one is a turn or two behind it."""
@@ -63,12 +69,12 @@ class OwnerStream(ABC):
             await asyncio.sleep(0)
 
     @abstractmethod
-    def _take_answer(self, message: bytes) -> bool:
+    def _take_answer(self, message: Message) -> bool:
         """Handles one message of the shard; returns whether the shard did something of what it was asked."""
 
     @abstractmethod
     def _settle(self, reason: str) -> None:
-        """The call has ended: decides what becomes of what was sent and has no answer."""
+        """The stream has ended: decides what becomes of what was sent and has no answer."""
 
     def start(self) -> None:
         """Begins to connect."""
@@ -76,11 +82,16 @@ class OwnerStream(ABC):
         self._task.add_done_callback(_log_failure)
 
     async def close(self) -> None:
-        """Ends the call at once; what has no answer is settled."""
+        """Ends the stream at once; what has no answer is settled."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    def cut(self) -> None:
+        """Loses the stream that is open, if one is; it is opened again."""
+        if self._stream is not None:
+            self._stream.abort("the shard is elsewhere")
 
     def pause(self) -> Awaitable[object]:
         """Sends nothing from now on, until `resume`. What it returns is done when everything sent is answered or
@@ -105,7 +116,7 @@ class OwnerStream(ABC):
                 await self._released.wait()
             self._finishing = self._served = False
             self._settled.clear()
-            reason = "the call was given up"
+            reason = "the stream was given up"
             try:
                 reason = await self._session()
             finally:
@@ -120,24 +131,31 @@ class OwnerStream(ABC):
                 await asyncio.sleep(delay_s)
 
     async def _session(self) -> str:
-        """One call from its opening to its end; returns why it ended."""
-        call: aio.StreamStreamCall[bytes, bytes] = self._channel().stream_stream(self._method)()
-        reader = asyncio.create_task(self._read(call))
-        writer = asyncio.create_task(self._write(call))
+        """One stream from its opening to its end; returns why it ended."""
+        opening = asyncio.create_task(self._connect(self._method))
+        try:
+            await asyncio.wait({opening})
+        finally:
+            opening.cancel()
+        if opening.cancelled() or opening.exception() is not None:
+            return _reason(opening)
+        self._stream = stream = opening.result()
+        self.connected = True
+        reader = asyncio.create_task(self._read(stream))
+        writer = asyncio.create_task(self._write(stream))
         try:
             await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
             if writer.done() and not _reason(writer):
                 await asyncio.wait({reader})
-            return _reason(reader) or _reason(writer) or "the shard ended the call"
+            return _reason(reader) or _reason(writer) or "the shard ended the stream"
         finally:
+            self._stream = None
             for task in (reader, writer):
                 task.cancel()
             await asyncio.gather(reader, writer, return_exceptions=True)
-            call.cancel()
+            stream.abort()
 
-    async def _write(self, call: aio.StreamStreamCall[bytes, bytes]) -> None:
-        await call.wait_for_connection()
-        self.connected = True
+    async def _write(self, stream: FrameStream) -> None:
         while not self._finishing:
             message = self._next_message()
             if message is None:
@@ -145,28 +163,27 @@ class OwnerStream(ABC):
                 await self._wake.wait()
                 await self._gather()
             else:
-                await call.write(message)
-        await call.done_writing()
+                await stream.write(*message)
+        stream.put(END)
+        await stream.drain()
 
-    async def _read(self, call: aio.StreamStreamCall[bytes, bytes]) -> None:
-        while True:
-            message = await call.read()
-            if not isinstance(message, bytes):
-                # aio.EOF: the shard has ended the call well.
-                return
+    async def _read(self, stream: FrameStream) -> None:
+        while (message := await stream.read()) is not None:
             self._served |= self._take_answer(message)
 
 
-def _reason(task: asyncio.Task[None]) -> str:
-    """Why a side of the call ended early; empty where it ended well, or has not."""
+def _reason(task: asyncio.Task[Any]) -> str:
+    """Why the stream was not opened, or a side of it ended early; empty where it ended well, or has not."""
     if not task.done():
         return ""
     if task.cancelled():
+        # By its channel: nobody else cancels what is not done with.
         return "the channel was closed"
     error = task.exception()
     if isinstance(error, aio.AioRpcError):
         return error.details() or error.code().name
-    # The call's end shows on the other side as a write or a read that comes too late.
+    if isinstance(error, StreamLost):
+        return str(error)
     return "" if error is None else f"{type(error).__name__}: {error}"
 
 

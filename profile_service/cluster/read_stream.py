@@ -1,5 +1,5 @@
-"""Questions on their way to one owner; many callers' questions travel in one message. A lost call loses its questions:
-the callers ask again, for reading changes nothing."""
+"""Questions on their way to one owner; many callers' questions travel in one message. A lost stream loses its
+questions: the callers ask again, for reading changes nothing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from grpc import aio
-
-from profile_service.cluster.owner_stream import OwnerStream
+from profile_service.cluster.owner_stream import Connect, OwnerStream
 from profile_service.errors import InvalidArgument, NotMine, ResourceExhausted, Unavailable
+from profile_service.rpc.frames import Message
 from userprofile.internal.v1 import shard_pb2
 
-METHOD = "/userprofile.internal.v1.ShardService/Read"
+METHOD = "Read"
 USERS_PER_MESSAGE = 256
 """Questions are put together up to this many users."""
 
@@ -38,7 +37,7 @@ class _Question:
 
 
 class ReadStream(OwnerStream):
-    """The questions of one owner and the call that carries them.
+    """The questions of one owner and the stream that carries them.
 
     Args:
         epoch: gives the epoch of the current topology.
@@ -47,11 +46,11 @@ class ReadStream(OwnerStream):
     def __init__(
         self,
         shard_id: int,
-        channel: Callable[[], aio.Channel],
+        connect: Connect,
         lost: Callable[[], Awaitable[bool]],
         epoch: Callable[[], int],
     ) -> None:
-        super().__init__(METHOD, channel, lost)
+        super().__init__(METHOD, connect, lost)
         self._shard_id = shard_id
         self._epoch = epoch
         self._queue: deque[_Question] = deque()
@@ -76,7 +75,7 @@ class ReadStream(OwnerStream):
         self._wake.set()
         return await question.answer
 
-    def _next_message(self) -> bytes | None:
+    def _next_message(self) -> list[Message] | None:
         questions: list[_Question] = []
         users = 0
         while self._queue:
@@ -99,15 +98,16 @@ class ReadStream(OwnerStream):
         self._sent[self._last_request_id] = questions
         if users <= GATHERED_USERS or len(questions) > 1:
             self._gathered_id = self._last_request_id
-        return shard_pb2.ReadRequest(
+        request = shard_pb2.ReadRequest(
             request_id=self._last_request_id,
             epoch=self._epoch(),
             queries=[question.query for question in questions],
-        ).SerializeToString()
+        )
+        return [request.SerializeToString()]
 
-    def _take_answer(self, message: bytes) -> bool:
+    def _take_answer(self, message: Message) -> bool:
         read = False
-        response = shard_pb2.ReadResponse.FromString(message)
+        response = shard_pb2.ReadResponse.FromString(bytes(message))
         questions = self._sent.pop(response.request_id, [])
         if response.request_id == self._gathered_id:
             self._gathered_id = 0
@@ -129,7 +129,7 @@ class ReadStream(OwnerStream):
 
     async def close(self) -> None:
         await super().close()
-        self._fail(self._queue, "the call was closed")
+        self._fail(self._queue, "the stream was closed")
         self._queue.clear()
 
     def _settle(self, reason: str) -> None:

@@ -27,7 +27,7 @@ from profile_service.cluster.coordinator import reason_of
 from profile_service.cluster.link import ShardLink
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.topology import ShardLocation, Topology
-from profile_service.config import Capacity, Limits
+from profile_service.config import Capacity
 from profile_service.errors import DeadlineExceeded, ProfileServiceError, ResourceExhausted, StorageFull, Unavailable
 from profile_service.rpc.query import Reader
 from profile_service.wire.apply_request import ApplyPart
@@ -63,14 +63,12 @@ class Router:
         self,
         source: Callable[[], Awaitable[Topology]],
         scan: Callable[[bytes | memoryview, int], ScannedBatch],
-        limits: Limits,
         capacity: Capacity,
         away: Reader | None = None,
     ) -> None:
         self._source = source
         self._away = away
         self._scan = scan
-        self._limits = limits
         self._capacity = capacity
         self._topology: Topology | None = None
         self._links: dict[int, ShardLink] = {}
@@ -368,7 +366,7 @@ class Router:
         for location in topology.shards:
             link = self._links.get(location.shard_id)
             if link is None:
-                link = ShardLink(location, self._limits, self._capacity, self.refresh, lambda: self.topology.epoch)
+                link = ShardLink(location, self._capacity, self.refresh, lambda: self.topology.epoch)
                 link.start()
             elif link not in losing:
                 await link.move(location)

@@ -90,7 +90,6 @@ class Frontend:
         self._router = Router(
             source,
             lambda events, now_ns: scan_batch(events, plan, settings.limits, now_ns),
-            settings.limits,
             settings.capacity,
             self._away,
         )

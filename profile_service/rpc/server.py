@@ -20,6 +20,8 @@ import grpc
 from grpc import aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
+ServerContext = aio.ServicerContext[Any, Any]
+
 CALLS_AT_ONCE = 32
 """Calls asked for ahead, beside the one that grpc.aio asks for."""
 

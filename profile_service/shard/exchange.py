@@ -11,12 +11,12 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
-import grpc
 from google.protobuf.message import DecodeError
-from grpc import aio
+
+from profile_service.errors import InvalidArgument
+from profile_service.rpc.frames import Message
 
 Answer = TypeVar("Answer")
-ServerContext = aio.ServicerContext[Any, Any]
 
 
 class Exchange(Generic[Answer]):
@@ -63,9 +63,10 @@ class Exchange(Generic[Answer]):
         self._changed.set()
 
     async def carry(
-        self, requests: AsyncIterator[bytes], take: Callable[[bytes], Awaitable[None]], context: ServerContext
+        self, requests: AsyncIterator[Message], take: Callable[[Message], Awaitable[None]]
     ) -> AsyncIterator[list[Answer]]:
-        """Gives each request to `take`, and yields the answers that are ready until all requests are answered."""
+        """Gives each request to `take`, and yields the answers that are ready until all requests are answered. Raises
+        InvalidArgument where one cannot be read."""
 
         async def take_all() -> None:
             async for encoded in requests:
@@ -92,7 +93,7 @@ class Exchange(Generic[Answer]):
             # The requests' own end, which may be an error.
             await taking
         except DecodeError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a request cannot be read: {error}")
+            raise InvalidArgument("", f"a request cannot be read: {error}") from error
         finally:
             taking.cancel()
             for task in self._running:

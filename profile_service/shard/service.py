@@ -1,7 +1,8 @@
-"""The gRPC server of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it. It serves
+"""The servers of one shard: raw messages in, the shard's verdicts out. No Ray here; `actor.py` wraps it. They serve
 from the first moment on: a stand-in says that the shard recovers until `serve` brings the shard itself.
 
-Frontends come here over the internal service, and whoever knows the topology over a part of the public one: reads
+Frontends come here over the internal service, their streams of events and questions in frames (`rpc/frames.py`), all
+else over gRPC; and whoever knows the topology over a part of the public one: reads
 (`rpc.query`) and producers' streams (`rpc.producer_streams`) of this shard's own users.
 
 A stream is read as long as the bytes of its unanswered requests stay below a bound (`exchange.py`). Requests are
@@ -34,12 +35,13 @@ from profile_service.errors import (
     StorageFull,
     Unavailable,
 )
+from profile_service.rpc.frames import FrameServer, Message
 from profile_service.rpc.query import Query
-from profile_service.rpc.server import Server
+from profile_service.rpc.server import Server, ServerContext
 from profile_service.rpc.status import abort, is_foreseen
 from profile_service.shard import replication_stream
 from profile_service.shard.direct import DirectIngest
-from profile_service.shard.exchange import Exchange, ServerContext
+from profile_service.shard.exchange import Exchange
 from profile_service.shard.following import Taken
 from profile_service.shard.health import Health
 from profile_service.shard.shard import AfterRefusal, Sender, ShardCounters
@@ -134,9 +136,12 @@ class ShardServer:
         self._health = health
         self._window_bytes = settings.capacity.owner_window_bytes
         self._settings = settings
+        largest_bytes = settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES
+        self._streams = FrameServer({"Apply": self._apply, "Read": self._read}, largest_bytes)
+        self._stream_port = 0
         self._server = Server(
             options=[
-                ("grpc.max_receive_message_length", settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES),
+                ("grpc.max_receive_message_length", largest_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
                 # As at a frontend, so that a producer's stream that is not read takes no more than this.
@@ -155,6 +160,7 @@ class ShardServer:
 
     async def start(self) -> str:
         """Begins to serve; returns host:port, by which this machine's frontends reach it."""
+        self._stream_port = await self._streams.start(self._settings.host)
         port = self._server.add_insecure_port(self._settings.address(0))
         await self._server.start()
         # "Every address" is one to listen on, not one to call.
@@ -169,14 +175,17 @@ class ShardServer:
     async def stop(self, grace_s: float) -> None:
         """Ends: takes no new call, and gives those that run so long to end."""
         self._ingest.drain()
-        await self._server.stop(grace_s)
+        await asyncio.gather(self._server.stop(grace_s), self._streams.stop(grace_s))
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Apply": grpc.stream_stream_rpc_method_handler(self._apply),
-                "Read": grpc.stream_stream_rpc_method_handler(self._read),
+                "GetStreamPort": grpc.unary_unary_rpc_method_handler(
+                    self._get_stream_port,
+                    request_deserializer=shard_pb2.GetStreamPortRequest.FromString,
+                    response_serializer=shard_pb2.GetStreamPortResponse.SerializeToString,
+                ),
                 "GetProducer": grpc.unary_unary_rpc_method_handler(
                     self._get_producer,
                     request_deserializer=shard_pb2.GetProducerRequest.FromString,
@@ -217,13 +226,12 @@ class ShardServer:
             grpc.method_handlers_generic_handler(EVENT_SERVICE, {"StreamEvents": stream}),
         )
 
-    async def _apply(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
-        await context.send_initial_metadata(())
+    async def _apply(self, requests: AsyncIterator[Message]) -> AsyncIterator[bytes]:
         exchange: Exchange[ApplyResult] = Exchange(self._window_bytes)
 
         sender = Sender()
 
-        async def take(encoded: bytes) -> None:
+        async def take(encoded: Message) -> None:
             request_id, epoch, parts = decode_request(encoded)
             submission = None if sender.refused else await self._submit(parts, len(encoded), epoch, sender)
             refused = submission is not None and submission.done() and submission.exception() is not None
@@ -231,7 +239,7 @@ class ShardServer:
             sender.refused |= refused
             exchange.run(self._apply_result(request_id, submission, refused=refused), len(encoded))
 
-        async for results in exchange.carry(requests, take, context):
+        async for results in exchange.carry(requests, take):
             yield shard_pb2.ApplyResponse(results=results, epoch=self._shard.epoch).SerializeToString()
 
     async def _submit(
@@ -269,12 +277,11 @@ class ShardServer:
             status, message = _apply_status(error, refused=refused), error.message
         return ApplyResult(request_id=request_id, status=status, message=message)
 
-    async def _read(self, requests: AsyncIterator[bytes], context: ServerContext) -> AsyncIterator[bytes]:
-        await context.send_initial_metadata(())
+    async def _read(self, requests: AsyncIterator[Message]) -> AsyncIterator[bytes]:
         exchange: Exchange[bytes] = Exchange(UNSENT_USERS)
 
-        async def take(encoded: bytes) -> None:
-            request = shard_pb2.ReadRequest.FromString(encoded)
+        async def take(encoded: Message) -> None:
+            request = shard_pb2.ReadRequest.FromString(bytes(encoded))
             users = _users_of(request)
             if self._shard.is_remote:
                 exchange.run(self._bring_and_read(request), users)
@@ -283,7 +290,7 @@ class ShardServer:
             else:
                 exchange.run(self._read_in_slices(request), users)
 
-        async for responses in exchange.carry(requests, take, context):
+        async for responses in exchange.carry(requests, take):
             for response in responses:
                 yield response
 
@@ -391,6 +398,11 @@ class ShardServer:
     async def population(self, features: Sequence[str], deadline_s: float | None = None) -> bytes:
         """For `Query`."""
         return self._shard.population_profile(features)
+
+    async def _get_stream_port(
+        self, request: shard_pb2.GetStreamPortRequest, context: ServerContext
+    ) -> shard_pb2.GetStreamPortResponse:
+        return shard_pb2.GetStreamPortResponse(port=self._stream_port)
 
     async def _get_producer(
         self, request: shard_pb2.GetProducerRequest, context: ServerContext

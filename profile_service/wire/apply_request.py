@@ -92,17 +92,17 @@ _NUMBERS = {
 """A part's fields that are numbers, and how many bits of them count."""
 
 
-def encode_request(request_id: int, epoch: int, parts: Sequence[ApplyPart]) -> bytes:
-    """An encoded ApplyRequest; the one copy of the events that is made."""
+def encode_request(request_id: int, epoch: int, parts: Sequence[ApplyPart]) -> list[bytes | memoryview]:
+    """An encoded ApplyRequest in pieces, the events not copied."""
     pieces: list[bytes | memoryview] = [_REQUEST(request_id=request_id, epoch=epoch).SerializeToString()]
     for part in parts:
         encoded = encode_part(part)
         pieces.append(length_prefix(_REQUEST.PARTS_FIELD_NUMBER, sum(map(len, encoded))))
         pieces += encoded
-    return b"".join(pieces)
+    return pieces
 
 
-def decode_request(message: bytes) -> tuple[int, int, list[ApplyPart]]:
+def decode_request(message: bytes | memoryview) -> tuple[int, int, list[ApplyPart]]:
     """(request_id, epoch, parts) of an encoded ApplyRequest; the parts' events are views into it.
 
     Raises DecodeError.

@@ -194,7 +194,7 @@ async def running(
     """A cluster and a router to it."""
     cluster = LocalCluster(shards, capacity or Capacity(event_ids_per_shard=1024), make_shard)
     await cluster.start()
-    router = Router(cluster.source, scan, Limits(), cluster.capacity)
+    router = Router(cluster.source, scan, cluster.capacity)
     await router.start()
     try:
         yield cluster, router

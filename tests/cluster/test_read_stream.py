@@ -1,4 +1,4 @@
-"""What goes into one message to an owner. The call itself is in test_router.py."""
+"""What goes into one message to an owner. The stream itself is in test_router.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ async def nothing() -> None:
     pass
 
 
-def no_channel() -> None:
+def not_opened(method: str) -> None:
     raise AssertionError("nothing is opened here")
 
 
 def make_stream() -> ReadStream:
-    return ReadStream(0, no_channel, nothing, lambda: 1)  # type: ignore[arg-type]
+    return ReadStream(0, not_opened, nothing, lambda: 1)  # type: ignore[arg-type]
 
 
 async def ask(stream: ReadStream, *users: str) -> asyncio.Task[list[bytes]]:
@@ -29,7 +29,7 @@ async def ask(stream: ReadStream, *users: str) -> asyncio.Task[list[bytes]]:
 
 def sent(stream: ReadStream) -> shard_pb2.ReadRequest | None:
     message = stream._next_message()
-    return None if message is None else shard_pb2.ReadRequest.FromString(message)
+    return None if message is None else shard_pb2.ReadRequest.FromString(b"".join(message))
 
 
 def users_of(request: shard_pb2.ReadRequest | None) -> list[list[str]]:

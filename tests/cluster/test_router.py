@@ -14,7 +14,7 @@ from profile_service.cluster.link import ShardLink
 from profile_service.cluster.partitioning import partition_of, user_hash
 from profile_service.cluster.router import Router
 from profile_service.cluster.topology import Topology
-from profile_service.config import Capacity, Limits
+from profile_service.config import Capacity
 from profile_service.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -292,7 +292,7 @@ async def test_a_coordinator_that_is_away_is_asked_again(monkeypatch: pytest.Mon
                 await asyncio.Event().wait()
             return await cluster.source()
 
-        router = Router(source, scan, Limits(), cluster.capacity)
+        router = Router(source, scan, cluster.capacity)
         await router.start()
         try:
             assert not moods

@@ -35,7 +35,7 @@ async def api_over_shards(
 @asynccontextmanager
 async def another_api(cluster: LocalCluster) -> AsyncIterator[Api]:
     """A second frontend's API over the same shards."""
-    router = Router(cluster.source, scan, Limits(), cluster.capacity)
+    router = Router(cluster.source, scan, cluster.capacity)
     await router.start()
     try:
         yield Api(router, SCHEMA, Settings(capacity=cluster.capacity), Metrics(), system_clock, cluster)

@@ -1,7 +1,7 @@
-"""Calls between frontends and a shard without sockets: messages take their time, keep their order, and get lost with
-their call when a side goes away.
+"""Streams and calls between frontends and a shard without sockets: messages take their time, keep their order, and get
+lost with their stream when a side goes away.
 
-    ApplyStream ── SimulatedChannel ──▶ SimulatedCall ──▶ handler of ShardServer
+    ApplyStream ── Network.connect ──▶ SimulatedStream ──▶ handler of ShardServer
                                           │   ▲
                                   requests▼   │responses      each direction delivers in order, after a random delay
 """
@@ -11,16 +11,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
 from unittest import mock
 
 import grpc
-from grpc import aio
 
 from profile_service.config import Settings
+from profile_service.rpc.frames import END, FrameStream, Handler, Message
 from profile_service.shard.health import Health
 from profile_service.shard.service import ShardServer
 
@@ -38,13 +38,16 @@ class Network:
         self.random = random
         self._methods: dict[str, Any] = {}
         self._context = contextvars.copy_context()
-        self._calls: list[SimulatedCall] = []
+        self._calls: list[SimulatedStream] = []
         self.slowest_s = 0.002
 
     def serve(self, shard: Any, settings: Settings, health: Health, context: contextvars.Context) -> ShardServer:
         """A shard's server as this network's only one; what it does, it does in `context`."""
         recorder = _Recorder()
-        with mock.patch("profile_service.shard.service.Server", return_value=recorder):
+        with (
+            mock.patch("profile_service.shard.service.Server", return_value=recorder),
+            mock.patch("profile_service.shard.service.FrameServer", recorder.take_streams),
+        ):
             server = ShardServer(shard, settings, health)
         self._methods, self._context = recorder.methods, context
         return server
@@ -61,21 +64,19 @@ class Network:
             call.lose("connection reset by peer")
         self._calls.clear()
 
-    def channel(self) -> aio.Channel:
-        """A frontend's channel to the shard, wherever that is."""
-        return cast(aio.Channel, _Channel(self))
-
-    def open(self, method: str) -> SimulatedCall:
-        """A call of a streaming method."""
-        call = SimulatedCall(self, method)
+    async def connect(self, method: str) -> FrameStream:
+        """Opens a stream to the shard, wherever that is. Raises CallLost."""
+        stream = SimulatedStream(self)
         self._calls = [held for held in self._calls if not held.ended]
-        self._calls.append(call)
-        return call
+        self._calls.append(stream)
+        await asyncio.sleep(self.delay_s())
+        stream.open(self._methods.get(method), method)
+        return cast(FrameStream, stream)
 
     async def unary(self, name: str, request: Any) -> Any:
         """One answer. Raises CallLost."""
         await asyncio.sleep(self.delay_s())
-        handler = self._methods.get(CALL + name)
+        handler = self._methods.get(name)
         if handler is None:
             raise CallLost("connection refused")
         serving = asyncio.create_task(handler.unary_unary(request, _Context()), context=self._context)
@@ -84,7 +85,7 @@ class Network:
             raise CallLost("connection reset by peer")
         answer = serving.result()
         await asyncio.sleep(self.delay_s())
-        if handler is not self._methods.get(CALL + name):
+        if handler is not self._methods.get(name):
             raise CallLost("connection reset by peer")
         return answer
 
@@ -92,47 +93,44 @@ class Network:
         """Runs the server's side of a call in the server."""
         return asyncio.create_task(serving, name=name, context=self._context)
 
-    def handler(self, method: str) -> Any:
-        """The server's handler of a method; None while there is no server."""
-        return self._methods.get(method)
-
     def delay_s(self) -> float:
         """How long the next message takes."""
         return self.random.random() * self.slowest_s
 
 
-class SimulatedCall:
-    """One bidirectional call, as `grpc.aio` gives it to a client."""
+class SimulatedStream:
+    """One stream, as a caller sees it."""
 
-    def __init__(self, network: Network, method: str) -> None:
+    def __init__(self, network: Network) -> None:
         self._network = network
-        self._method = method
         self._loop = asyncio.get_running_loop()
         self._requests = _Direction(network)
         self._responses = _Direction(network)
         self._serving: asyncio.Task[None] | None = None
         self.ended = False
 
-    async def wait_for_connection(self) -> None:
-        await asyncio.sleep(self._network.delay_s())
-        handler = self._network.handler(self._method)
+    def open(self, handler: Handler | None, method: str) -> None:
+        """The server, if there is one, begins to serve it."""
         if handler is None or self.ended:
             raise CallLost("connection refused")
-        self._serving = self._network.begin(self._serve(handler), f"server of {self._method}")
+        self._serving = self._network.begin(self._serve(handler), f"server of {method}")
 
-    async def write(self, message: bytes) -> None:
-        await self._requests.put(message)
+    async def write(self, *pieces: Message) -> None:
+        await self._requests.put(b"".join(pieces))
 
-    async def done_writing(self) -> None:
+    def put(self, kind: int) -> None:
+        assert kind == END
         self._requests.end(None)
 
-    async def read(self) -> bytes | object:
-        message = await self._responses.get()
-        return aio.EOF if message is None else message
+    async def drain(self) -> None:
+        pass
 
-    def cancel(self) -> None:
-        """The client gives up: what is on its way may still arrive before the server hears of it."""
-        self._responses.drop(CallLost("cancelled"))
+    async def read(self) -> bytes | None:
+        return await self._responses.get()
+
+    def abort(self, reason: str = "") -> None:
+        """The caller gives up: what is on its way may still arrive before the server hears of it."""
+        self._responses.drop(CallLost(reason))
         if self._serving is not None and not self._serving.done():
             serving = self._serving
             self._requests.after_all(serving.cancel)
@@ -146,13 +144,13 @@ class SimulatedCall:
         self._requests.drop(CallLost(reason))
         self._responses.drop(CallLost(reason))
 
-    async def _serve(self, handler: Any) -> None:
+    async def _serve(self, handler: Handler) -> None:
         try:
-            async for message in handler.stream_stream(self._arriving(), _Context()):
-                await self._responses.put(_encoded(handler, message))
+            async for message in handler(self._arriving()):
+                await self._responses.put(bytes(message))
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # noqa: BLE001  as grpc: whatever it is, the client hears that the call has failed
+        except Exception as error:  # noqa: BLE001  as it is: the caller hears that the stream has failed
             self._responses.end(CallLost(f"the handler failed: {error!r}"))
         else:
             self._responses.end(None)
@@ -234,42 +232,32 @@ class _Direction:
             self._changed.set()
 
 
-class _Channel:
-    def __init__(self, network: Network) -> None:
-        self._network = network
-
-    def stream_stream(self, method: str) -> Callable[[], SimulatedCall]:
-        return lambda: self._network.open(method)
-
-
 class _Context:
     """The part of a servicer's context that a shard uses."""
-
-    async def send_initial_metadata(self, metadata: object) -> None:
-        pass
 
     async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
         raise CallLost(f"{code.name}: {details}")
 
 
 class _Recorder:
-    """In place of a gRPC server: keeps the handlers that it is given."""
+    """In place of a shard's servers: keeps the handlers that they are given."""
 
     def __init__(self) -> None:
         self.methods: dict[str, Any] = {}
 
     def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
         for handler in handlers:
-            for name in ("Apply", "GetProducer", "GetShardStatus", "CreateSnapshot"):
+            for name in ("GetProducer", "GetShardStatus", "CreateSnapshot"):
                 found = handler.service(cast(grpc.HandlerCallDetails, _Details(CALL + name)))
                 if found is not None:
-                    self.methods[CALL + name] = found
+                    self.methods[name] = found
+
+    def take_streams(self, handlers: Mapping[str, Handler], largest_bytes: int) -> object:
+        """In place of the server of streams."""
+        self.methods.update(handlers)
+        return object()
 
 
 @dataclass(frozen=True)
 class _Details:
     method: str
-
-
-def _encoded(handler: Any, message: Any) -> bytes:
-    return cast(bytes, handler.response_serializer(message) if handler.response_serializer else message)

@@ -56,7 +56,7 @@ class Frontend:
 
     def __init__(self, outside: Outside) -> None:
         self._outside = outside
-        self.applies = ApplyStream(0, outside.network.channel, self._lost, 1 << 20, lambda: EPOCH)
+        self.applies = ApplyStream(0, outside.network.connect, self._lost, 1 << 20, lambda: EPOCH)
         self.applies.start()
 
     async def _lost(self) -> bool:

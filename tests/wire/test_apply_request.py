@@ -38,7 +38,7 @@ def test_protobuf_reads_what_is_written_and_the_other_way_round(
     request_id: int, epoch: int, parts: list[ApplyPart]
 ) -> None:
     expected = shard_pb2.ApplyRequest(request_id=request_id, epoch=epoch, parts=map(as_message, parts))
-    encoded = encode_request(request_id, epoch, parts)
+    encoded = b"".join(encode_request(request_id, epoch, parts))
     assert shard_pb2.ApplyRequest.FromString(encoded) == expected
     assert decode_request(encoded) == (request_id, epoch, parts)
     assert decode_request(expected.SerializeToString()) == (request_id, epoch, parts)
@@ -47,7 +47,9 @@ def test_protobuf_reads_what_is_written_and_the_other_way_round(
 
 
 def test_events_are_not_copied() -> None:
-    encoded = encode_request(1, 2, [ApplyPart(events=b"events", event_count=1)])
+    pieces = encode_request(1, 2, [ApplyPart(events=(events := b"events"), event_count=1)])
+    assert any(piece is events for piece in pieces)
+    encoded = b"".join(pieces)
     (part,) = decode_request(encoded)[2]
     assert isinstance(part.events, memoryview)
     assert part.events.obj is encoded
@@ -58,7 +60,7 @@ def test_events_are_not_copied() -> None:
 def test_of_damaged_bytes_whatever_is_read_is_what_protobuf_reads(
     parts: list[ApplyPart], damage: list[tuple[int, int]]
 ) -> None:
-    encoded = bytearray(encode_request(7, 8, parts))
+    encoded = bytearray(b"".join(encode_request(7, 8, parts)))
     for place, byte in damage:
         encoded[place % len(encoded)] = byte
     try:

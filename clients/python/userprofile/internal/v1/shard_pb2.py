@@ -24,55 +24,59 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#userprofile/internal/v1/shard.proto\x12\x17userprofile.internal.v1\"\xa3\x01\n\x10ReplicateRequest\x12\x13\n\x0breplication\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x41\n\x07records\x18\x03 \x03(\x0b\x32\x30.userprofile.internal.v1.ReplicateRequest.Record\x1a\'\n\x06Record\x12\x0c\n\x04type\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"#\n\x11ReplicateResponse\x12\x0e\n\x06number\x18\x01 \x01(\x03\"\xf9\x01\n\x0c\x41pplyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x05parts\x18\x03 \x03(\x0b\x32*.userprofile.internal.v1.ApplyRequest.Part\x1a\x8a\x01\n\x04Part\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x03 \x01(\x03\x12\x17\n\x0f\x61rrival_time_ns\x18\x04 \x01(\x03\x12\x0e\n\x06\x65vents\x18\x05 \x01(\x0c\x12\x13\n\x0b\x65vent_count\x18\x06 \x01(\x05\"\x99\x03\n\rApplyResponse\x12>\n\x07results\x18\x01 \x03(\x0b\x32-.userprofile.internal.v1.ApplyResponse.Result\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x1al\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12=\n\x06status\x18\x02 \x01(\x0e\x32-.userprofile.internal.v1.ApplyResponse.Status\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xca\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATUS_APPLIED\x10\x01\x12\x13\n\x0fSTATUS_NOT_MINE\x10\x02\x12\x15\n\x11STATUS_OVERLOADED\x10\x03\x12\x14\n\x10STATUS_MALFORMED\x10\x04\x12\x16\n\x12STATUS_UNAVAILABLE\x10\x05\x12\x18\n\x14STATUS_AFTER_REFUSAL\x10\x06\x12\x0f\n\x0bSTATUS_LOST\x10\x07\x12\x0f\n\x0bSTATUS_FULL\x10\x08\"\xae\x01\n\x0bReadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12;\n\x07queries\x18\x03 \x03(\x0b\x32*.userprofile.internal.v1.ReadRequest.Query\x1a?\n\x05Query\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x12\n\npopulation\x18\x03 \x01(\x08\"\xcf\x02\n\x0cReadResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12=\n\x07\x61nswers\x18\x03 \x03(\x0b\x32,.userprofile.internal.v1.ReadResponse.Answer\x1ai\n\x06\x41nswer\x12<\n\x06status\x18\x01 \x01(\x0e\x32,.userprofile.internal.v1.ReadResponse.Status\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08profiles\x18\x03 \x03(\x0c\"r\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATUS_READ\x10\x01\x12\x13\n\x0fSTATUS_NOT_MINE\x10\x02\x12\x12\n\x0eSTATUS_INVALID\x10\x03\x12\x16\n\x12STATUS_UNAVAILABLE\x10\x04\")\n\x12GetProducerRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\"4\n\x13GetProducerResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\"\x17\n\x15GetShardStatusRequest\"\x92\x03\n\x16GetShardStatusResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nuser_count\x18\x03 \x01(\x03\x12\x13\n\x0b\x65vent_count\x18\x04 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x03\x12\x14\n\x0clog_position\x18\x06 \x01(\x03\x12\x14\n\x0cqueued_bytes\x18\x07 \x01(\x03\x12\x17\n\x0f\x64uplicate_count\x18\x08 \x01(\x03\x12\x16\n\x0e\x65vent_id_count\x18\t \x01(\x03\x12\x16\n\x0eresident_bytes\x18\n \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\x0b \x01(\x01\x12\x0b\n\x03pid\x18\x0c \x01(\x05\x12\x11\n\tsync_mode\x18\r \x01(\t\x12\x19\n\x11recovery_progress\x18\x0e \x01(\x01\x12\x0f\n\x07message\x18\x0f \x01(\t\x12\x11\n\tlog_bytes\x18\x10 \x01(\x03\x12\x19\n\x11snapshot_position\x18\x11 \x01(\x03\x12\x18\n\x10snapshot_time_ns\x18\x12 \x01(\x03\"\x17\n\x15\x43reateSnapshotRequest\".\n\x16\x43reateSnapshotResponse\x12\x14\n\x0clog_position\x18\x01 \x01(\x03\"3\n\x0eReceiveRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08transfer\x18\x02 \x01(\x0c\"\x11\n\x0fReceiveResponse2\xd9\x05\n\x0cShardService\x12Z\n\x05\x41pply\x12%.userprofile.internal.v1.ApplyRequest\x1a&.userprofile.internal.v1.ApplyResponse(\x01\x30\x01\x12W\n\x04Read\x12$.userprofile.internal.v1.ReadRequest\x1a%.userprofile.internal.v1.ReadResponse(\x01\x30\x01\x12h\n\x0bGetProducer\x12+.userprofile.internal.v1.GetProducerRequest\x1a,.userprofile.internal.v1.GetProducerResponse\x12q\n\x0eGetShardStatus\x12..userprofile.internal.v1.GetShardStatusRequest\x1a/.userprofile.internal.v1.GetShardStatusResponse\x12\\\n\x07Receive\x12\'.userprofile.internal.v1.ReceiveRequest\x1a(.userprofile.internal.v1.ReceiveResponse\x12\x66\n\tReplicate\x12).userprofile.internal.v1.ReplicateRequest\x1a*.userprofile.internal.v1.ReplicateResponse(\x01\x30\x01\x12q\n\x0e\x43reateSnapshot\x12..userprofile.internal.v1.CreateSnapshotRequest\x1a/.userprofile.internal.v1.CreateSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#userprofile/internal/v1/shard.proto\x12\x17userprofile.internal.v1\"\x16\n\x14GetStreamPortRequest\"%\n\x15GetStreamPortResponse\x12\x0c\n\x04port\x18\x01 \x01(\x05\"\xa3\x01\n\x10ReplicateRequest\x12\x13\n\x0breplication\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x03\x12\x41\n\x07records\x18\x03 \x03(\x0b\x32\x30.userprofile.internal.v1.ReplicateRequest.Record\x1a\'\n\x06Record\x12\x0c\n\x04type\x18\x01 \x01(\x05\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\"#\n\x11ReplicateResponse\x12\x0e\n\x06number\x18\x01 \x01(\x03\"\xf9\x01\n\x0c\x41pplyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x39\n\x05parts\x18\x03 \x03(\x0b\x32*.userprofile.internal.v1.ApplyRequest.Part\x1a\x8a\x01\n\x04Part\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x03 \x01(\x03\x12\x17\n\x0f\x61rrival_time_ns\x18\x04 \x01(\x03\x12\x0e\n\x06\x65vents\x18\x05 \x01(\x0c\x12\x13\n\x0b\x65vent_count\x18\x06 \x01(\x05\"\x99\x03\n\rApplyResponse\x12>\n\x07results\x18\x01 \x03(\x0b\x32-.userprofile.internal.v1.ApplyResponse.Result\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x1al\n\x06Result\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12=\n\x06status\x18\x02 \x01(\x0e\x32-.userprofile.internal.v1.ApplyResponse.Status\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xca\x01\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATUS_APPLIED\x10\x01\x12\x13\n\x0fSTATUS_NOT_MINE\x10\x02\x12\x15\n\x11STATUS_OVERLOADED\x10\x03\x12\x14\n\x10STATUS_MALFORMED\x10\x04\x12\x16\n\x12STATUS_UNAVAILABLE\x10\x05\x12\x18\n\x14STATUS_AFTER_REFUSAL\x10\x06\x12\x0f\n\x0bSTATUS_LOST\x10\x07\x12\x0f\n\x0bSTATUS_FULL\x10\x08\"\xae\x01\n\x0bReadRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12;\n\x07queries\x18\x03 \x03(\x0b\x32*.userprofile.internal.v1.ReadRequest.Query\x1a?\n\x05Query\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x12\n\npopulation\x18\x03 \x01(\x08\"\xcf\x02\n\x0cReadResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\x03\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12=\n\x07\x61nswers\x18\x03 \x03(\x0b\x32,.userprofile.internal.v1.ReadResponse.Answer\x1ai\n\x06\x41nswer\x12<\n\x06status\x18\x01 \x01(\x0e\x32,.userprofile.internal.v1.ReadResponse.Status\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x10\n\x08profiles\x18\x03 \x03(\x0c\"r\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSTATUS_READ\x10\x01\x12\x13\n\x0fSTATUS_NOT_MINE\x10\x02\x12\x12\n\x0eSTATUS_INVALID\x10\x03\x12\x16\n\x12STATUS_UNAVAILABLE\x10\x04\")\n\x12GetProducerRequest\x12\x13\n\x0bproducer_id\x18\x01 \x01(\t\"4\n\x13GetProducerResponse\x12\x1d\n\x15\x61\x63knowledged_sequence\x18\x01 \x01(\x03\"\x17\n\x15GetShardStatusRequest\"\x92\x03\n\x16GetShardStatusResponse\x12\r\n\x05state\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x12\n\nuser_count\x18\x03 \x01(\x03\x12\x13\n\x0b\x65vent_count\x18\x04 \x01(\x03\x12\x13\n\x0bstate_bytes\x18\x05 \x01(\x03\x12\x14\n\x0clog_position\x18\x06 \x01(\x03\x12\x14\n\x0cqueued_bytes\x18\x07 \x01(\x03\x12\x17\n\x0f\x64uplicate_count\x18\x08 \x01(\x03\x12\x16\n\x0e\x65vent_id_count\x18\t \x01(\x03\x12\x16\n\x0eresident_bytes\x18\n \x01(\x03\x12\x13\n\x0b\x63pu_seconds\x18\x0b \x01(\x01\x12\x0b\n\x03pid\x18\x0c \x01(\x05\x12\x11\n\tsync_mode\x18\r \x01(\t\x12\x19\n\x11recovery_progress\x18\x0e \x01(\x01\x12\x0f\n\x07message\x18\x0f \x01(\t\x12\x11\n\tlog_bytes\x18\x10 \x01(\x03\x12\x19\n\x11snapshot_position\x18\x11 \x01(\x03\x12\x18\n\x10snapshot_time_ns\x18\x12 \x01(\x03\"\x17\n\x15\x43reateSnapshotRequest\".\n\x16\x43reateSnapshotResponse\x12\x14\n\x0clog_position\x18\x01 \x01(\x03\"3\n\x0eReceiveRequest\x12\x0f\n\x07move_id\x18\x01 \x01(\t\x12\x10\n\x08transfer\x18\x02 \x01(\x0c\"\x11\n\x0fReceiveResponse2\x94\x05\n\x0cShardService\x12n\n\rGetStreamPort\x12-.userprofile.internal.v1.GetStreamPortRequest\x1a..userprofile.internal.v1.GetStreamPortResponse\x12h\n\x0bGetProducer\x12+.userprofile.internal.v1.GetProducerRequest\x1a,.userprofile.internal.v1.GetProducerResponse\x12q\n\x0eGetShardStatus\x12..userprofile.internal.v1.GetShardStatusRequest\x1a/.userprofile.internal.v1.GetShardStatusResponse\x12\\\n\x07Receive\x12\'.userprofile.internal.v1.ReceiveRequest\x1a(.userprofile.internal.v1.ReceiveResponse\x12\x66\n\tReplicate\x12).userprofile.internal.v1.ReplicateRequest\x1a*.userprofile.internal.v1.ReplicateResponse(\x01\x30\x01\x12q\n\x0e\x43reateSnapshot\x12..userprofile.internal.v1.CreateSnapshotRequest\x1a/.userprofile.internal.v1.CreateSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'userprofile.internal.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICATEREQUEST']._serialized_start=65
-  _globals['_REPLICATEREQUEST']._serialized_end=228
-  _globals['_REPLICATEREQUEST_RECORD']._serialized_start=189
-  _globals['_REPLICATEREQUEST_RECORD']._serialized_end=228
-  _globals['_REPLICATERESPONSE']._serialized_start=230
-  _globals['_REPLICATERESPONSE']._serialized_end=265
-  _globals['_APPLYREQUEST']._serialized_start=268
-  _globals['_APPLYREQUEST']._serialized_end=517
-  _globals['_APPLYREQUEST_PART']._serialized_start=379
-  _globals['_APPLYREQUEST_PART']._serialized_end=517
-  _globals['_APPLYRESPONSE']._serialized_start=520
-  _globals['_APPLYRESPONSE']._serialized_end=929
-  _globals['_APPLYRESPONSE_RESULT']._serialized_start=616
-  _globals['_APPLYRESPONSE_RESULT']._serialized_end=724
-  _globals['_APPLYRESPONSE_STATUS']._serialized_start=727
-  _globals['_APPLYRESPONSE_STATUS']._serialized_end=929
-  _globals['_READREQUEST']._serialized_start=932
-  _globals['_READREQUEST']._serialized_end=1106
-  _globals['_READREQUEST_QUERY']._serialized_start=1043
-  _globals['_READREQUEST_QUERY']._serialized_end=1106
-  _globals['_READRESPONSE']._serialized_start=1109
-  _globals['_READRESPONSE']._serialized_end=1444
-  _globals['_READRESPONSE_ANSWER']._serialized_start=1223
-  _globals['_READRESPONSE_ANSWER']._serialized_end=1328
-  _globals['_READRESPONSE_STATUS']._serialized_start=1330
-  _globals['_READRESPONSE_STATUS']._serialized_end=1444
-  _globals['_GETPRODUCERREQUEST']._serialized_start=1446
-  _globals['_GETPRODUCERREQUEST']._serialized_end=1487
-  _globals['_GETPRODUCERRESPONSE']._serialized_start=1489
-  _globals['_GETPRODUCERRESPONSE']._serialized_end=1541
-  _globals['_GETSHARDSTATUSREQUEST']._serialized_start=1543
-  _globals['_GETSHARDSTATUSREQUEST']._serialized_end=1566
-  _globals['_GETSHARDSTATUSRESPONSE']._serialized_start=1569
-  _globals['_GETSHARDSTATUSRESPONSE']._serialized_end=1971
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=1973
-  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=1996
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=1998
-  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=2044
-  _globals['_RECEIVEREQUEST']._serialized_start=2046
-  _globals['_RECEIVEREQUEST']._serialized_end=2097
-  _globals['_RECEIVERESPONSE']._serialized_start=2099
-  _globals['_RECEIVERESPONSE']._serialized_end=2116
-  _globals['_SHARDSERVICE']._serialized_start=2119
-  _globals['_SHARDSERVICE']._serialized_end=2848
+  _globals['_GETSTREAMPORTREQUEST']._serialized_start=64
+  _globals['_GETSTREAMPORTREQUEST']._serialized_end=86
+  _globals['_GETSTREAMPORTRESPONSE']._serialized_start=88
+  _globals['_GETSTREAMPORTRESPONSE']._serialized_end=125
+  _globals['_REPLICATEREQUEST']._serialized_start=128
+  _globals['_REPLICATEREQUEST']._serialized_end=291
+  _globals['_REPLICATEREQUEST_RECORD']._serialized_start=252
+  _globals['_REPLICATEREQUEST_RECORD']._serialized_end=291
+  _globals['_REPLICATERESPONSE']._serialized_start=293
+  _globals['_REPLICATERESPONSE']._serialized_end=328
+  _globals['_APPLYREQUEST']._serialized_start=331
+  _globals['_APPLYREQUEST']._serialized_end=580
+  _globals['_APPLYREQUEST_PART']._serialized_start=442
+  _globals['_APPLYREQUEST_PART']._serialized_end=580
+  _globals['_APPLYRESPONSE']._serialized_start=583
+  _globals['_APPLYRESPONSE']._serialized_end=992
+  _globals['_APPLYRESPONSE_RESULT']._serialized_start=679
+  _globals['_APPLYRESPONSE_RESULT']._serialized_end=787
+  _globals['_APPLYRESPONSE_STATUS']._serialized_start=790
+  _globals['_APPLYRESPONSE_STATUS']._serialized_end=992
+  _globals['_READREQUEST']._serialized_start=995
+  _globals['_READREQUEST']._serialized_end=1169
+  _globals['_READREQUEST_QUERY']._serialized_start=1106
+  _globals['_READREQUEST_QUERY']._serialized_end=1169
+  _globals['_READRESPONSE']._serialized_start=1172
+  _globals['_READRESPONSE']._serialized_end=1507
+  _globals['_READRESPONSE_ANSWER']._serialized_start=1286
+  _globals['_READRESPONSE_ANSWER']._serialized_end=1391
+  _globals['_READRESPONSE_STATUS']._serialized_start=1393
+  _globals['_READRESPONSE_STATUS']._serialized_end=1507
+  _globals['_GETPRODUCERREQUEST']._serialized_start=1509
+  _globals['_GETPRODUCERREQUEST']._serialized_end=1550
+  _globals['_GETPRODUCERRESPONSE']._serialized_start=1552
+  _globals['_GETPRODUCERRESPONSE']._serialized_end=1604
+  _globals['_GETSHARDSTATUSREQUEST']._serialized_start=1606
+  _globals['_GETSHARDSTATUSREQUEST']._serialized_end=1629
+  _globals['_GETSHARDSTATUSRESPONSE']._serialized_start=1632
+  _globals['_GETSHARDSTATUSRESPONSE']._serialized_end=2034
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_start=2036
+  _globals['_CREATESNAPSHOTREQUEST']._serialized_end=2059
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_start=2061
+  _globals['_CREATESNAPSHOTRESPONSE']._serialized_end=2107
+  _globals['_RECEIVEREQUEST']._serialized_start=2109
+  _globals['_RECEIVEREQUEST']._serialized_end=2160
+  _globals['_RECEIVERESPONSE']._serialized_start=2162
+  _globals['_RECEIVERESPONSE']._serialized_end=2179
+  _globals['_SHARDSERVICE']._serialized_start=2182
+  _globals['_SHARDSERVICE']._serialized_end=2842
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,36 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
+class GetStreamPortRequest(google.protobuf.message.Message):
+    """Asks where the streams are served."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___GetStreamPortRequest = GetStreamPortRequest
+
+@typing.final
+class GetStreamPortResponse(google.protobuf.message.Message):
+    """Where the streams are served."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: builtins.int
+    port: builtins.int
+    """On the host that was asked."""
+    def __init__(
+        self,
+        *,
+        port: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["port", b"port"]) -> None: ...
+
+global___GetStreamPortResponse = GetStreamPortResponse
+
+@typing.final
 class ReplicateRequest(google.protobuf.message.Message):
     """What the owner of a shard has logged, for its standby: the next message is sent when this one is answered."""
 

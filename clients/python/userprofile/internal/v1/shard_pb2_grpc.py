@@ -26,8 +26,15 @@ if _version_not_supported:
 
 
 class ShardServiceStub(object):
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
     def __init__(self, channel):
@@ -36,15 +43,10 @@ class ShardServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Apply = channel.stream_stream(
-                '/userprofile.internal.v1.ShardService/Apply',
-                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyRequest.SerializeToString,
-                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyResponse.FromString,
-                _registered_method=True)
-        self.Read = channel.stream_stream(
-                '/userprofile.internal.v1.ShardService/Read',
-                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.SerializeToString,
-                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.FromString,
+        self.GetStreamPort = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/GetStreamPort',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.FromString,
                 _registered_method=True)
         self.GetProducer = channel.unary_unary(
                 '/userprofile.internal.v1.ShardService/GetProducer',
@@ -74,21 +76,19 @@ class ShardServiceStub(object):
 
 
 class ShardServiceServicer(object):
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
-    def Apply(self, request_iterator, context):
-        """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
-        refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
-        sender then closes its side, and sends again on a new stream what was refused.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Read(self, request_iterator, context):
-        """Reads profiles.
+    def GetStreamPort(self, request, context):
+        """Where the streams are served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,15 +132,10 @@ class ShardServiceServicer(object):
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Apply': grpc.stream_stream_rpc_method_handler(
-                    servicer.Apply,
-                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyRequest.FromString,
-                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyResponse.SerializeToString,
-            ),
-            'Read': grpc.stream_stream_rpc_method_handler(
-                    servicer.Read,
-                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.FromString,
-                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.SerializeToString,
+            'GetStreamPort': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStreamPort,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.SerializeToString,
             ),
             'GetProducer': grpc.unary_unary_rpc_method_handler(
                     servicer.GetProducer,
@@ -176,12 +171,19 @@ def add_ShardServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ShardService(object):
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
     @staticmethod
-    def Apply(request_iterator,
+    def GetStreamPort(request,
             target,
             options=(),
             channel_credentials=None,
@@ -191,39 +193,12 @@ class ShardService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
-            '/userprofile.internal.v1.ShardService/Apply',
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyRequest.SerializeToString,
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.ApplyResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Read(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/userprofile.internal.v1.ShardService/Read',
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadRequest.SerializeToString,
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.ReadResponse.FromString,
+            '/userprofile.internal.v1.ShardService/GetStreamPort',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,25 +18,23 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class ShardServiceStub:
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
-    Apply: grpc.StreamStreamMultiCallable[
-        userprofile.internal.v1.shard_pb2.ApplyRequest,
-        userprofile.internal.v1.shard_pb2.ApplyResponse,
+    GetStreamPort: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
+        userprofile.internal.v1.shard_pb2.GetStreamPortResponse,
     ]
-    """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
-    refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
-    sender then closes its side, and sends again on a new stream what was refused.
-    """
-
-    Read: grpc.StreamStreamMultiCallable[
-        userprofile.internal.v1.shard_pb2.ReadRequest,
-        userprofile.internal.v1.shard_pb2.ReadResponse,
-    ]
-    """Reads profiles."""
+    """Where the streams are served."""
 
     GetProducer: grpc.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.GetProducerRequest,
@@ -69,24 +67,22 @@ class ShardServiceStub:
     """Writes a snapshot now, and answers when it is published."""
 
 class ShardServiceAsyncStub:
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
-    Apply: grpc.aio.StreamStreamMultiCallable[
-        userprofile.internal.v1.shard_pb2.ApplyRequest,
-        userprofile.internal.v1.shard_pb2.ApplyResponse,
+    GetStreamPort: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
+        userprofile.internal.v1.shard_pb2.GetStreamPortResponse,
     ]
-    """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
-    refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
-    sender then closes its side, and sends again on a new stream what was refused.
-    """
-
-    Read: grpc.aio.StreamStreamMultiCallable[
-        userprofile.internal.v1.shard_pb2.ReadRequest,
-        userprofile.internal.v1.shard_pb2.ReadResponse,
-    ]
-    """Reads profiles."""
+    """Where the streams are served."""
 
     GetProducer: grpc.aio.UnaryUnaryMultiCallable[
         userprofile.internal.v1.shard_pb2.GetProducerRequest,
@@ -119,28 +115,24 @@ class ShardServiceAsyncStub:
     """Writes a snapshot now, and answers when it is published."""
 
 class ShardServiceServicer(metaclass=abc.ABCMeta):
-    """The data plane between a frontend and the owner of a shard. Apply and Read are long-lived streams: whatever waits for
-    a shard travels in one message, answers come by request_id, in any order.
+    """The data plane between a frontend and the owner of a shard. Two more methods, Apply and Read, are long-lived streams on
+    a port of their own (profile_service/rpc/frames.py): whatever waits for a shard travels in one message, answers come by
+    request_id, in any order.
+
+    Apply: ApplyRequest to ApplyResponse. Appends, syncs, applies and acknowledges. What a stream carries is kept as a
+    prefix of it: once a request has been refused, every later request of the same stream is refused too, so that no part
+    overtakes the one before it. The sender then closes its side, and sends again on a new stream what was refused.
+
+    Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
     @abc.abstractmethod
-    def Apply(
+    def GetStreamPort(
         self,
-        request_iterator: _MaybeAsyncIterator[userprofile.internal.v1.shard_pb2.ApplyRequest],
+        request: userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
         context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[userprofile.internal.v1.shard_pb2.ApplyResponse], collections.abc.AsyncIterator[userprofile.internal.v1.shard_pb2.ApplyResponse]]:
-        """Appends, syncs, applies and acknowledges. What a stream carries is kept as a prefix of it: once a request has been
-        refused, every later request of the same stream is refused too, so that no part overtakes the one before it. The
-        sender then closes its side, and sends again on a new stream what was refused.
-        """
-
-    @abc.abstractmethod
-    def Read(
-        self,
-        request_iterator: _MaybeAsyncIterator[userprofile.internal.v1.shard_pb2.ReadRequest],
-        context: _ServicerContext,
-    ) -> typing.Union[collections.abc.Iterator[userprofile.internal.v1.shard_pb2.ReadResponse], collections.abc.AsyncIterator[userprofile.internal.v1.shard_pb2.ReadResponse]]:
-        """Reads profiles."""
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetStreamPortResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetStreamPortResponse]]:
+        """Where the streams are served."""
 
     @abc.abstractmethod
     def GetProducer(
