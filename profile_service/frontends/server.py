@@ -31,6 +31,7 @@ from profile_service.errors import StartupError
 from profile_service.frontends.api import SERVICES, STREAM_EVENTS, Api, CallContext
 from profile_service.frontends.metrics import Metrics
 from profile_service.frontends.rest.app import build_app
+from profile_service.frontends.rest.http_protocol import HttpProtocol
 from profile_service.rpc.server import Server
 from profile_service.rpc.status import abort
 from profile_service.shard.store_opening import open_store
@@ -123,7 +124,7 @@ class Frontend:
             self._http = _HttpServer(
                 uvicorn.Config(
                     build_app(self.api, self._metrics, lambda: self.ready, self._settings.limits),
-                    http="httptools",
+                    http=HttpProtocol,
                     ws="none",
                     lifespan="off",
                     access_log=False,
