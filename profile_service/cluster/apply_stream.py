@@ -55,8 +55,7 @@ class ApplyStream(OwnerStream):
         window_bytes: int,
         epoch: Callable[[], int],
     ) -> None:
-        super().__init__(METHOD, connect, lost)
-        self._shard_id = shard_id
+        super().__init__(shard_id, METHOD, connect, lost)
         self._window_bytes = window_bytes
         self._epoch = epoch
         self._queue: deque[Part] = deque()

@@ -12,7 +12,7 @@ from profile_service.cluster.apply_stream import ApplyStream
 from profile_service.cluster.read_stream import ReadStream
 from profile_service.cluster.topology import ShardLocation
 from profile_service.config import MIB, Capacity
-from profile_service.rpc.frames import FrameStream, connect
+from profile_service.rpc.frames import FrameStream, StreamAddress, connect
 from userprofile.internal.v1 import shard_pb2
 
 SERVICE = "/userprofile.internal.v1.ShardService"
@@ -104,14 +104,15 @@ class ShardLink:
 
     async def _open_stream(self, method: str) -> FrameStream:
         call = self._channel.unary_unary(
-            f"{SERVICE}/GetStreamPort",
-            request_serializer=shard_pb2.GetStreamPortRequest.SerializeToString,
-            response_deserializer=shard_pb2.GetStreamPortResponse.FromString,
+            f"{SERVICE}/GetStreamAddress",
+            request_serializer=shard_pb2.GetStreamAddressRequest.SerializeToString,
+            response_deserializer=shard_pb2.GetStreamAddressResponse.FromString,
         )
         host = self.location.address.rpartition(":")[0].strip("[]")
-        answer = await call(shard_pb2.GetStreamPortRequest(), timeout=CONNECT_S)
+        answer = await call(shard_pb2.GetStreamAddressRequest(), timeout=CONNECT_S)
         async with asyncio.timeout(CONNECT_S):
-            return await connect(host, answer.port, method, READ_RESPONSE_BYTES)
+            address = StreamAddress(host, answer.port, answer.local_name)
+            return await connect(address, method, READ_RESPONSE_BYTES)
 
     def _open_channel(self) -> aio.Channel:
         return aio.insecure_channel(

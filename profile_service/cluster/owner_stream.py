@@ -38,13 +38,15 @@ class OwnerStream(ABC):
     """A stream to one shard.
 
     Args:
+        shard_id: the shard's.
         method: the stream's name.
         connect: opens a stream of a method; raises where that cannot be.
         lost: awaited before the stream is opened again; returns whether something has changed, so that it is worth
             while to open it at once.
     """
 
-    def __init__(self, method: str, connect: Connect, lost: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, shard_id: int, method: str, connect: Connect, lost: Callable[[], Awaitable[bool]]) -> None:
+        self._shard_id = shard_id
         self._method = method
         self._connect = connect
         self._stream: FrameStream | None = None
@@ -110,6 +112,7 @@ class OwnerStream(ABC):
 
     async def _run(self) -> None:
         delay_s = FIRST_BACKOFF_S
+        logged = ""
         while True:
             # It may have been paused again since it was woken.
             while not self._released.is_set():
@@ -125,6 +128,10 @@ class OwnerStream(ABC):
                 self._settled.set()
             if not self._released.is_set():
                 continue
+            if reason != logged or self._served:
+                # Not again and again while a shard is away.
+                logger.warning("the %s stream to shard %d was lost: %s", self._method, self._shard_id, reason)
+                logged = reason
             changed = await self._lost()
             delay_s = FIRST_BACKOFF_S if self._served or changed else min(2 * delay_s, LAST_BACKOFF_S)
             if not changed:

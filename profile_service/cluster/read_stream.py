@@ -50,8 +50,7 @@ class ReadStream(OwnerStream):
         lost: Callable[[], Awaitable[bool]],
         epoch: Callable[[], int],
     ) -> None:
-        super().__init__(METHOD, connect, lost)
-        self._shard_id = shard_id
+        super().__init__(shard_id, METHOD, connect, lost)
         self._epoch = epoch
         self._queue: deque[_Question] = deque()
         self._sent: dict[int, list[_Question]] = {}

@@ -1,4 +1,4 @@
-"""Streams of messages between processes of the service: frames on a TCP connection, both ways at once.
+"""Streams of messages between processes of the service: frames on a connection, both ways at once.
 
     ┌────────────┬───────┬─────────────────┐
     │ uint32 len │ uint8 │ len bytes       │     little-endian
@@ -15,6 +15,11 @@ A gRPC stream promises the same: order, a bound on what is on its way, either si
 the CPU time (docs/performance.md), as every message is cut into HTTP/2 frames, copied slice by slice, and handed from a
 thread to the loop. Producers and readers speak gRPC; this is for the one hop behind it that every event takes.
 
+On one machine the connection is a Unix socket: TCP loses segments there when a large message comes faster than it is
+read, for one segment is as large as a receiver's whole window, and then waits 40 ms for acknowledgements that are
+delayed. The socket's name is a secret of the shard and of who asks it by gRPC; where it leads nowhere, the shard is
+elsewhere.
+
 A large message is received into memory of its own, straight from the socket. A reader that does not read stops its
 peer: beyond AHEAD_BYTES nothing more is taken from the connection.
 """
@@ -24,10 +29,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import socket
 import struct
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -169,7 +177,7 @@ class FrameStream(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         # `write` returns when the system has everything: meanwhile what follows gathers.
         self._transport.set_write_buffer_limits(0)
-        _keep_alive(transport.get_extra_info("socket"))
+        _prepare(transport.get_extra_info("socket"))
         if self._opened is not None:
             self._opened(self)
 
@@ -245,12 +253,21 @@ class FrameStream(asyncio.BufferedProtocol):
         self._writable.set()
 
 
-async def connect(host: str, port: int, method: str, largest_bytes: int) -> FrameStream:
+@dataclass(frozen=True)
+class StreamAddress:
+    """Where streams are served."""
+
+    host: str
+    port: int
+    local_name: str
+    """Of the Unix socket, by which the server is reached on its own machine."""
+
+
+async def connect(address: StreamAddress, method: str, largest_bytes: int) -> FrameStream:
     """Opens a stream.
 
     Args:
-        host: of the server.
-        port: of the server.
+        address: of the server.
         method: the stream's name there.
         largest_bytes: of a response.
 
@@ -259,7 +276,12 @@ async def connect(host: str, port: int, method: str, largest_bytes: int) -> Fram
         StreamLost: the other side does not serve the method.
     """
     loop = asyncio.get_running_loop()
-    _, stream = await loop.create_connection(lambda: FrameStream(largest_bytes), host, port)
+    stream = FrameStream(largest_bytes)
+    local = await _local_connection(address.local_name) if address.local_name else None
+    if local is not None:
+        await loop.create_unix_connection(lambda: stream, sock=local)
+    else:
+        await loop.create_connection(lambda: stream, address.host, address.port)
     try:
         stream.put(OPEN, method.encode())
         kind, message = await stream.read_frame()
@@ -271,8 +293,24 @@ async def connect(host: str, port: int, method: str, largest_bytes: int) -> Fram
     return stream
 
 
+async def _local_connection(name: str) -> socket.socket | None:
+    """A connection to the Unix socket of that name; None where this machine has none."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        # By itself, for uvloop cannot connect to such a name.
+        await asyncio.get_running_loop().sock_connect(connection, f"\0{name}")
+    except ConnectionRefusedError:
+        connection.close()
+        return None
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
 class FrameServer:
-    """Serves streams on a port of its own.
+    """Serves streams on a port and a Unix socket of its own.
 
     Args:
         handlers: by method. A stream that its caller gives up, or loses, is cancelled.
@@ -282,23 +320,27 @@ class FrameServer:
     def __init__(self, handlers: Mapping[str, Handler], largest_bytes: int) -> None:
         self._handlers = handlers
         self._largest_bytes = largest_bytes
-        self._server: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
         self._serving: set[asyncio.Task[None]] = set()
 
-    async def start(self, host: str) -> int:
-        """Begins to serve at the host's address; returns the port."""
+    async def start(self, host: str) -> tuple[int, str]:
+        """Begins to serve at the host's address; returns the port and the name of the Unix socket, which is empty on a
+        system without such names."""
         loop = asyncio.get_running_loop()
         family, *_, address = (await loop.getaddrinfo(host, 0, type=socket.SOCK_STREAM))[0]
         listening = socket.create_server(
             (address[0], 0), family=family, dualstack_ipv6=address[0] == "::" and socket.has_dualstack_ipv6()
         )
-        self._server = await loop.create_server(self._accept, sock=listening)
-        return int(listening.getsockname()[1])
+        self._listening = [await loop.create_server(self._accept, sock=listening)]
+        local_name = f"profile-service-{secrets.token_hex(16)}" if sys.platform == "linux" else ""
+        if local_name:
+            self._listening.append(await loop.create_unix_server(self._accept, f"\0{local_name}"))
+        return int(listening.getsockname()[1]), local_name
 
     async def stop(self, grace_s: float) -> None:
         """Takes no new stream, and gives those that run so long to end."""
-        if self._server is not None:
-            self._server.close()
+        for listening in self._listening:
+            listening.close()
         if self._serving:
             _, late = await asyncio.wait(self._serving, timeout=grace_s)
             for task in late:
@@ -358,10 +400,13 @@ async def _requests(stream: FrameStream) -> AsyncIterator[Message]:
         yield message
 
 
-def _keep_alive(connection: socket.socket) -> None:
-    """Has the system find out that the other machine is gone, also while nothing is said."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+def _prepare(connection: socket.socket) -> None:
+    """Has the system send at once, much at a time, and find out by itself that the other machine is gone."""
+    if connection.family == socket.AF_UNIX:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     settings = {"TCP_KEEPIDLE": SILENCE_S, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": SILENCE_S * 1000}
     for name, value in settings.items():
         # Not every system has them all.

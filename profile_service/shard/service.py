@@ -138,7 +138,7 @@ class ShardServer:
         self._settings = settings
         largest_bytes = settings.limits.message_bytes + REQUEST_OVERHEAD_BYTES
         self._streams = FrameServer({"Apply": self._apply, "Read": self._read}, largest_bytes)
-        self._stream_port = 0
+        self._stream_address = shard_pb2.GetStreamAddressResponse()
         self._server = Server(
             options=[
                 ("grpc.max_receive_message_length", largest_bytes),
@@ -160,7 +160,8 @@ class ShardServer:
 
     async def start(self) -> str:
         """Begins to serve; returns host:port, by which this machine's frontends reach it."""
-        self._stream_port = await self._streams.start(self._settings.host)
+        stream_port, local_name = await self._streams.start(self._settings.host)
+        self._stream_address = shard_pb2.GetStreamAddressResponse(port=stream_port, local_name=local_name)
         port = self._server.add_insecure_port(self._settings.address(0))
         await self._server.start()
         # "Every address" is one to listen on, not one to call.
@@ -181,10 +182,10 @@ class ShardServer:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "GetStreamPort": grpc.unary_unary_rpc_method_handler(
-                    self._get_stream_port,
-                    request_deserializer=shard_pb2.GetStreamPortRequest.FromString,
-                    response_serializer=shard_pb2.GetStreamPortResponse.SerializeToString,
+                "GetStreamAddress": grpc.unary_unary_rpc_method_handler(
+                    self._get_stream_address,
+                    request_deserializer=shard_pb2.GetStreamAddressRequest.FromString,
+                    response_serializer=shard_pb2.GetStreamAddressResponse.SerializeToString,
                 ),
                 "GetProducer": grpc.unary_unary_rpc_method_handler(
                     self._get_producer,
@@ -399,10 +400,10 @@ class ShardServer:
         """For `Query`."""
         return self._shard.population_profile(features)
 
-    async def _get_stream_port(
-        self, request: shard_pb2.GetStreamPortRequest, context: ServerContext
-    ) -> shard_pb2.GetStreamPortResponse:
-        return shard_pb2.GetStreamPortResponse(port=self._stream_port)
+    async def _get_stream_address(
+        self, request: shard_pb2.GetStreamAddressRequest, context: ServerContext
+    ) -> shard_pb2.GetStreamAddressResponse:
+        return self._stream_address
 
     async def _get_producer(
         self, request: shard_pb2.GetProducerRequest, context: ServerContext

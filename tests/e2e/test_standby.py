@@ -11,6 +11,8 @@ import contextlib
 import itertools
 import queue
 import random
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +24,12 @@ import psutil
 import pytest
 import xxhash
 
+from profile_service.rpc.frames import MESSAGE, OPEN
 from tests.e2e.known_load import KnownLoad, known_event, median_and_worst, status, write_schema
 from tests.e2e.raylets import RayCluster
 from tests.e2e.reading import Reader, owned
 from tests.e2e.serving import run
-from userprofile.internal.v1 import shard_pb2
+from userprofile.internal.v1 import shard_pb2, shard_pb2_grpc
 from userprofile.v1 import (
     admin_service_pb2,
     admin_service_pb2_grpc,
@@ -47,6 +50,7 @@ PATIENCE_S = 120.0
 RESTART_S = 4.0
 """After how long a raylet that was killed is started again."""
 CALL_S = 1.0
+FRAME = struct.Struct("<IB")
 """Deadline of a probe's call: an owner that is away is waited for so long."""
 
 APPLIED = shard_pb2.ApplyResponse.STATUS_APPLIED
@@ -311,12 +315,31 @@ class Direct:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._channel = grpc.insecure_channel(address)
-        call: grpc.StreamStreamMultiCallable[bytes, shard_pb2.ApplyResponse] = self._channel.stream_stream(
-            "/userprofile.internal.v1.ShardService/Apply", response_deserializer=shard_pb2.ApplyResponse.FromString
-        )
-        self.answers = call(iter(self._requests.get, None))
+        with grpc.insecure_channel(address) as channel:
+            where = shard_pb2_grpc.ShardServiceStub(channel).GetStreamAddress(
+                shard_pb2.GetStreamAddressRequest(), timeout=CALL_S
+            )
+        host = address.rpartition(":")[0].strip("[]")
+        self._connection = socket.create_connection((host, where.port), CALL_S)
+        self._connection.settimeout(None)
+        self._received = self._connection.makefile("rb")
+        self._put(OPEN, b"Apply")
+        self._read()
+
+    def answers(self) -> Iterator[shard_pb2.ApplyResponse]:
+        """What it answers, until the connection ends."""
+        while (message := self._read()) is not None:
+            yield shard_pb2.ApplyResponse.FromString(message)
+
+    def _put(self, kind: int, payload: bytes) -> None:
+        self._connection.sendall(FRAME.pack(len(payload), kind) + payload)
+
+    def _read(self) -> bytes | None:
+        header = self._received.read(FRAME.size)
+        if len(header) < FRAME.size:
+            return None
+        size_bytes, _ = FRAME.unpack(header)
+        return self._received.read(size_bytes)
 
     def send(self, producer: str, user_id: str, sequence: int, epoch: int) -> None:
         """Sends one event; it is answered by its sequence."""
@@ -329,13 +352,15 @@ class Direct:
             events=events.SerializeToString(),
             event_count=1,
         )
-        self._requests.put(shard_pb2.ApplyRequest(request_id=sequence, epoch=epoch, parts=[part]).SerializeToString())
+        request = shard_pb2.ApplyRequest(request_id=sequence, epoch=epoch, parts=[part])
+        self._put(MESSAGE, request.SerializeToString())
 
     def close(self) -> None:
         """Ends the stream."""
-        self._requests.put(None)
-        self.answers.cancel()
-        self._channel.close()
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._received.close()
+        self._connection.close()
 
 
 class Recorder:
@@ -361,7 +386,7 @@ class Recorder:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
-                with contextlib.suppress(grpc.RpcError, TimeoutError):
+                with contextlib.suppress(grpc.RpcError, OSError):
                     self._send_by(self._deployed.topology())
                 self._stop.wait(0.02)
         except BaseException as error:  # noqa: BLE001  It is shown by the test.
@@ -378,8 +403,8 @@ class Recorder:
         answers: queue.SimpleQueue[int] = queue.SimpleQueue()
 
         def receive() -> None:
-            with contextlib.suppress(grpc.RpcError):
-                for answer in direct.answers:
+            with contextlib.suppress(OSError):
+                for answer in direct.answers():
                     for result in answer.results:
                         if result.status == APPLIED:
                             # Whenever it comes: an owner that wakes late is recorded, too.
@@ -387,6 +412,7 @@ class Recorder:
                                 Acknowledged(time.monotonic(), topology.epoch, address, partition, result.request_id)
                             )
                         answers.put(result.request_id if result.status == APPLIED else 0)
+            direct.close()
             answers.put(0)
 
         threading.Thread(target=receive, daemon=True).start()
@@ -476,8 +502,8 @@ def test_an_owner_that_wakes_after_its_standby_was_promoted_acknowledges_nothing
 def answers_of(direct: Direct) -> list[int]:
     """What became of the requests, once the stream has ended or everything is answered."""
     found: list[int] = []
-    with contextlib.suppress(grpc.RpcError):
-        for answer in direct.answers:
+    with contextlib.suppress(OSError):
+        for answer in direct.answers():
             found += [result.status for result in answer.results]
             if len(found) >= 49:
                 break

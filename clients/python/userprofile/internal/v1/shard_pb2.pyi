@@ -20,7 +20,7 @@ else:
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
 @typing.final
-class GetStreamPortRequest(google.protobuf.message.Message):
+class GetStreamAddressRequest(google.protobuf.message.Message):
     """Asks where the streams are served."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -29,25 +29,29 @@ class GetStreamPortRequest(google.protobuf.message.Message):
         self,
     ) -> None: ...
 
-global___GetStreamPortRequest = GetStreamPortRequest
+global___GetStreamAddressRequest = GetStreamAddressRequest
 
 @typing.final
-class GetStreamPortResponse(google.protobuf.message.Message):
+class GetStreamAddressResponse(google.protobuf.message.Message):
     """Where the streams are served."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PORT_FIELD_NUMBER: builtins.int
+    LOCAL_NAME_FIELD_NUMBER: builtins.int
     port: builtins.int
     """On the host that was asked."""
+    local_name: builtins.str
+    """Of a Unix socket in the abstract namespace of that host, without the leading zero byte; empty where there is none."""
     def __init__(
         self,
         *,
         port: builtins.int = ...,
+        local_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["port", b"port"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["local_name", b"local_name", "port", b"port"]) -> None: ...
 
-global___GetStreamPortResponse = GetStreamPortResponse
+global___GetStreamAddressResponse = GetStreamAddressResponse
 
 @typing.final
 class ReplicateRequest(google.protobuf.message.Message):

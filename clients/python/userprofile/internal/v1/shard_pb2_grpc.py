@@ -43,10 +43,10 @@ class ShardServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.GetStreamPort = channel.unary_unary(
-                '/userprofile.internal.v1.ShardService/GetStreamPort',
-                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.SerializeToString,
-                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.FromString,
+        self.GetStreamAddress = channel.unary_unary(
+                '/userprofile.internal.v1.ShardService/GetStreamAddress',
+                request_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressRequest.SerializeToString,
+                response_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressResponse.FromString,
                 _registered_method=True)
         self.GetProducer = channel.unary_unary(
                 '/userprofile.internal.v1.ShardService/GetProducer',
@@ -87,7 +87,7 @@ class ShardServiceServicer(object):
     Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
-    def GetStreamPort(self, request, context):
+    def GetStreamAddress(self, request, context):
         """Where the streams are served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -132,10 +132,10 @@ class ShardServiceServicer(object):
 
 def add_ShardServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'GetStreamPort': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetStreamPort,
-                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.FromString,
-                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.SerializeToString,
+            'GetStreamAddress': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStreamAddress,
+                    request_deserializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressRequest.FromString,
+                    response_serializer=userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressResponse.SerializeToString,
             ),
             'GetProducer': grpc.unary_unary_rpc_method_handler(
                     servicer.GetProducer,
@@ -183,7 +183,7 @@ class ShardService(object):
     """
 
     @staticmethod
-    def GetStreamPort(request,
+    def GetStreamAddress(request,
             target,
             options=(),
             channel_credentials=None,
@@ -196,9 +196,9 @@ class ShardService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/userprofile.internal.v1.ShardService/GetStreamPort',
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortRequest.SerializeToString,
-            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamPortResponse.FromString,
+            '/userprofile.internal.v1.ShardService/GetStreamAddress',
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressRequest.SerializeToString,
+            userprofile_dot_internal_dot_v1_dot_shard__pb2.GetStreamAddressResponse.FromString,
             options,
             channel_credentials,
             insecure,

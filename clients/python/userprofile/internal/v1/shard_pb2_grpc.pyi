@@ -30,9 +30,9 @@ class ShardServiceStub:
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
-    GetStreamPort: grpc.UnaryUnaryMultiCallable[
-        userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
-        userprofile.internal.v1.shard_pb2.GetStreamPortResponse,
+    GetStreamAddress: grpc.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetStreamAddressRequest,
+        userprofile.internal.v1.shard_pb2.GetStreamAddressResponse,
     ]
     """Where the streams are served."""
 
@@ -78,9 +78,9 @@ class ShardServiceAsyncStub:
     Read: ReadRequest to ReadResponse. Reads profiles.
     """
 
-    GetStreamPort: grpc.aio.UnaryUnaryMultiCallable[
-        userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
-        userprofile.internal.v1.shard_pb2.GetStreamPortResponse,
+    GetStreamAddress: grpc.aio.UnaryUnaryMultiCallable[
+        userprofile.internal.v1.shard_pb2.GetStreamAddressRequest,
+        userprofile.internal.v1.shard_pb2.GetStreamAddressResponse,
     ]
     """Where the streams are served."""
 
@@ -127,11 +127,11 @@ class ShardServiceServicer(metaclass=abc.ABCMeta):
     """
 
     @abc.abstractmethod
-    def GetStreamPort(
+    def GetStreamAddress(
         self,
-        request: userprofile.internal.v1.shard_pb2.GetStreamPortRequest,
+        request: userprofile.internal.v1.shard_pb2.GetStreamAddressRequest,
         context: _ServicerContext,
-    ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetStreamPortResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetStreamPortResponse]]:
+    ) -> typing.Union[userprofile.internal.v1.shard_pb2.GetStreamAddressResponse, collections.abc.Awaitable[userprofile.internal.v1.shard_pb2.GetStreamAddressResponse]]:
         """Where the streams are served."""
 
     @abc.abstractmethod
