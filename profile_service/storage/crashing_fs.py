@@ -356,6 +356,10 @@ class _File:
         if not alive:
             raise Crashed
 
+    def append(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        assert not any(self._inode.data[offset:]), "there are only zeros behind what is appended"
+        self.write(offset, buffers)
+
     def read_into(self, offset: int, buffer: memoryview) -> int:
         data = self.read(offset, len(buffer))
         buffer[: len(data)] = data

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from profile_service.errors import StartupError
+from profile_service.storage.direct import DirectWriter
 
 Buffer = bytes | bytearray | memoryview  # memoryviews are of bytes: format "B", one dimension, contiguous
 
@@ -90,6 +91,13 @@ class File(Protocol):
         Raises:
             DiskFull: some of it may have been written.
             OSError: anything else that went wrong.
+        """
+
+    def append(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """As `write`, of a file that holds nothing but zeros from `offset` on, if it goes on at all; past the page
+        cache where the system can do that. The file becomes as long as whole blocks of 4,096 bytes make it, at most.
+
+        Raises as `write`.
         """
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
@@ -277,12 +285,32 @@ def _is_cached(descriptor: int, size: int) -> bool:
 class _RealFile:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._direct: DirectWriter | None = None
+        self._has_direct = sys.platform == "linux"
 
     @property
     def size(self) -> int:
         return os.fstat(self._descriptor).st_size
 
+    def append(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self._has_direct and self._direct is None:
+            try:
+                self._direct = DirectWriter(self._descriptor, self.read)
+            except OSError:
+                self._has_direct = False
+        if self._direct is None:
+            self.write(offset, buffers)
+            return
+        try:
+            self._direct.append(offset, buffers)
+        except OSError as error:
+            raise _named(error) from error
+
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self._direct is not None:
+            # What it knows of the last block may be no more.
+            self._direct.close()
+            self._direct = None
         try:
             for first in range(0, len(buffers), _MAX_BUFFERS):
                 offset = self._write_some(offset, buffers[first : first + _MAX_BUFFERS])
@@ -335,6 +363,9 @@ class _RealFile:
         os.ftruncate(self._descriptor, size)
 
     def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -159,9 +159,10 @@ class _Preparation:
         done_bytes: of it are ready.
     """
 
-    def __init__(self, fs: FileSystem, path: Path, size_bytes: int) -> None:
+    def __init__(self, fs: FileSystem, path: Path, size_bytes: int, *, direct: bool) -> None:
         self.path = path
         self.size_bytes = size_bytes
+        self._direct = direct
         self.file: File | None = None
         self._fs = fs
         self.done_bytes = 0
@@ -185,7 +186,11 @@ class _Preparation:
                     raise DiskFull(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path.parent))
                 self.file = self._fs.create(self.path)
             size = min(_STEP_BYTES, self.size_bytes - self.done_bytes)
-            self.file.write(self.done_bytes, [_ZEROS if size == _STEP_BYTES else _ZEROS[:size]])
+            zeros = [_ZEROS if size == _STEP_BYTES else _ZEROS[:size]]
+            if self._direct:
+                self.file.append(self.done_bytes, zeros)
+            else:
+                self.file.write(self.done_bytes, zeros)
             self.file.sync()
             self.done_bytes += size
         except DiskFull:
@@ -215,6 +220,8 @@ class WriteAheadLog:
         self._seed = identity_seed(identity)
         self._options = options
         self._run = run
+        self._is_direct = options.sync_mode == "always"
+        """What is synced at once goes past the page cache; what the kernel is to hold for a while goes into it."""
         self._segments: list[_Segment] = []
         self._position = 0
         self._written_position = 0
@@ -607,7 +614,9 @@ class WriteAheadLog:
 
     def _new_preparation(self, size_bytes: int) -> _Preparation:
         self._temporary_number += 1
-        return _Preparation(self._fs, self._directory / temporary_name(self._temporary_number), size_bytes)
+        return _Preparation(
+            self._fs, self._directory / temporary_name(self._temporary_number), size_bytes, direct=self._is_direct
+        )
 
     def _adopt(self, preparation: _Preparation, first: int) -> _Segment:
         """The segment made of what is ready; it becomes part of the log by `_publish`."""
@@ -671,7 +680,7 @@ class WriteAheadLog:
                     buffers += write.buffers
                 if first.segment.temporary is None:
                     assert first.segment.file is not None
-                    first.segment.file.write(first.segment.offset(first.position), buffers)
+                    self._write(first.segment.file, first.segment.offset(first.position), buffers)
                     first.segment.dirty = True
                 else:
                     self._sync_segment(self._writing)
@@ -690,6 +699,12 @@ class WriteAheadLog:
             self._failure = error
             raise
 
+    def _write(self, file: File, offset: int, buffers: list[Buffer]) -> None:
+        if self._is_direct:
+            file.append(offset, buffers)
+        else:
+            file.write(offset, buffers)
+
     def _sync_segment(self, segment: _Segment) -> None:
         if segment.dirty:
             assert segment.file is not None
@@ -701,7 +716,7 @@ class WriteAheadLog:
         assert segment.file is not None
         assert segment.temporary is not None
         header = encode_segment_header(self._identity, segment.first, segment.size_bytes)
-        segment.file.write(0, [header, *buffers])
+        self._write(segment.file, 0, [header, *buffers])
         segment.file.sync()
         self._fs.rename(segment.temporary, segment.path)
         self._fs.sync_directory(self._directory)

@@ -128,6 +128,9 @@ class _WatchedFile:
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._disk._do("write", self._path, lambda: self._inner.write(offset, buffers), self._of)
 
+    def append(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._disk._do("write", self._path, lambda: self._inner.append(offset, buffers), self._of)
+
     def read_into(self, offset: int, buffer: memoryview) -> int:
         return self._inner.read_into(offset, buffer)
 
