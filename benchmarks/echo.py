@@ -24,11 +24,11 @@ METHOD = "/benchmark.Echo/Stream"
 UNARY = "/benchmark.Echo/Unary"
 OPTIONS = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 16 << 20)]
 
-_BODY = bytes(range(256)) * 256
+_BODY = bytes(range(256)) * 4096
 
 
 def unary_request(answer_bytes: int, size_bytes: int) -> bytes:
-    """A request of a size for an answer of a size, of 64 KiB at most."""
+    """A request of a size for an answer of a size, of 1 MiB at most."""
     return answer_bytes.to_bytes(4, "little").ljust(size_bytes, b"u")
 
 

@@ -36,6 +36,9 @@ class BenchmarkError(ProfileServiceError):
     """The benchmark cannot run here, or what it measured is not what it should have been."""
 
 
+_CONGESTION_CONTROL = Path("/proc/sys/net/ipv4/tcp_congestion_control")
+
+
 def describe_machine() -> dict[str, str]:
     """What the figures depend on: processor, memory, kernel, and the versions of what is measured."""
     model = "unknown processor"
@@ -48,6 +51,8 @@ def describe_machine() -> dict[str, str]:
         "processor": f"{os.cpu_count()} x {model}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "kernel": platform.release(),
+        # Some pace what they send, also on one machine.
+        "TCP congestion control": _CONGESTION_CONTROL.read_text().strip(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }

@@ -49,6 +49,7 @@ class OwnerStream(ABC):
         self._shard_id = shard_id
         self._method = method
         self._connect = connect
+        self._opening: asyncio.Task[FrameStream] | None = None
         self._stream: FrameStream | None = None
         self._lost = lost
         self._wake = asyncio.Event()
@@ -91,7 +92,9 @@ class OwnerStream(ABC):
                 await self._task
 
     def cut(self) -> None:
-        """Loses the stream that is open, if one is; it is opened again."""
+        """Loses the stream that is open, or is being opened; it is opened again."""
+        if self._opening is not None:
+            self._opening.cancel()
         if self._stream is not None:
             self._stream.abort("the shard is elsewhere")
 
@@ -139,10 +142,11 @@ class OwnerStream(ABC):
 
     async def _session(self) -> str:
         """One stream from its opening to its end; returns why it ended."""
-        opening = asyncio.create_task(self._connect(self._method))
+        self._opening = opening = asyncio.create_task(self._connect(self._method))
         try:
             await asyncio.wait({opening})
         finally:
+            self._opening = None
             opening.cancel()
         if opening.cancelled() or opening.exception() is not None:
             return _reason(opening)
@@ -184,8 +188,7 @@ def _reason(task: asyncio.Task[Any]) -> str:
     if not task.done():
         return ""
     if task.cancelled():
-        # By its channel: nobody else cancels what is not done with.
-        return "the channel was closed"
+        return "the shard is elsewhere"
     error = task.exception()
     if isinstance(error, aio.AioRpcError):
         return error.details() or error.code().name
