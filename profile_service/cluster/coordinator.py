@@ -52,6 +52,9 @@ DESCRIBE_TIMEOUT_S = 5.0
 PROBE_INTERVAL_S = 0.2
 """How long a look waits before it finds out whether anybody still listens where the shard was, and again after that."""
 
+MOST_ASKED = 16
+"""Calls to a shard that is away, of one look at it."""
+
 TELL_TIMEOUT_S = 1.0
 """A shard that does not answer for so long is told of an epoch, or of the population, in a later round."""
 
@@ -290,18 +293,26 @@ class Coordinator:
             await self._look_at(shard_id)
 
     async def _ask_while_there(self, shard_id: int) -> Located:
-        """As `_ask`. Where a standby could take over it raises ConnectionError as soon as nobody listens at the shard's
-        address any more: that shows before a call fails. Else the process is waited for, which may be on its way."""
+        """As `_ask`. As soon as nobody listens at the shard's address any more, which shows before a call fails, it
+        raises ConnectionError where a standby could take over. Else the process is waited for, which may be on its way:
+        it is asked anew, as a call to the one before fails long after the new one serves."""
         known = [shard.address for shard in self._topology.shards if shard.shard_id == shard_id and shard.address]
-        asking = asyncio.ensure_future(self._ask(shard_id))
+        asking = [asyncio.ensure_future(self._ask(shard_id))]
         try:
-            while not (await asyncio.wait([asking], timeout=PROBE_INTERVAL_S))[0]:
-                replaceable = self._replicas is not None and self._replicas.may_promote(shard_id)
-                if replaceable and self._listens is not None and known and not await self._listens(known[0]):
+            while True:
+                answered, _ = await asyncio.wait(asking, timeout=PROBE_INTERVAL_S, return_when=asyncio.FIRST_COMPLETED)
+                if answered:
+                    return await min(answered, key=lambda asked: asked.exception() is not None)
+                if not known or self._listens is None or await self._listens(known[0]):
+                    continue
+                if self._replicas is not None and self._replicas.may_promote(shard_id):
                     raise ConnectionError(f"nobody listens at {known[0]}")
-            return await asking
+                if len(asking) < MOST_ASKED:
+                    asking.append(asyncio.ensure_future(self._ask(shard_id)))
         finally:
-            asking.cancel()
+            for asked in asking:
+                asked.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
 
     async def _ask(self, shard_id: int) -> Located:
         """Asks the shard where it is, and gives it its lease."""

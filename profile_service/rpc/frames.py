@@ -327,7 +327,8 @@ class FrameServer:
         """Begins to serve at the host's address; returns the port and the name of the Unix socket, which is empty on a
         system without such names."""
         loop = asyncio.get_running_loop()
-        family, *_, address = (await loop.getaddrinfo(host, 0, type=socket.SOCK_STREAM))[0]
+        # Of this machine: nobody else is asked, and no thread waited for.
+        family, *_, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         listening = socket.create_server(
             (address[0], 0), family=family, dualstack_ipv6=address[0] == "::" and socket.has_dualstack_ipv6()
         )
