@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 
 from profile_service.cluster.embedded_ray import arguments, prepare_environment
@@ -27,9 +28,11 @@ def main(workers: int) -> None:
     started = time.monotonic()
     ray.init(**arguments(workers, scratch.path))
     took_s = time.monotonic() - started
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    stopped = threading.Event()
+    # In place of Ray's handler, which ends the process at once in whatever thread of Ray's hears it.
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     print(f"ready: ray.init took {took_s:.3f} s", flush=True)
-    signal.sigwait({signal.SIGTERM})
+    stopped.wait()
     ray.shutdown()
     scratch.remove()
 
