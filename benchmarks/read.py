@@ -267,8 +267,7 @@ class _Work:
                 ),
             }
             for name, ask in {**asks, **many}.items():
-                # Batches by the dozen at once are more than a receiver's window on one machine: segments are lost, and
-                # the connection sends little at a time long after.
+                # Few batches at once: after a flood of them a connection that TCP paces sends slowly for long.
                 at_once = 2 if name in many else self._options.at_once
                 await as_fast_as_answered(ask, at_once, min(1.0, self._options.turn_s))
             rounds, alone = await self._rounds(asks)
