@@ -16,8 +16,8 @@ the CPU time (docs/performance.md), as every message is cut into HTTP/2 frames, 
 thread to the loop. Producers and readers speak gRPC; this is for the one hop behind it that every event takes.
 
 On one machine the connection is a Unix socket: TCP may pace there what is sent after a pause (BBR does), so that a
-large message takes up to a tenth of a second with both sides idle (docs/operations.md). The socket's name is a secret of the shard and of who asks it by gRPC; where it leads nowhere, the shard is
-elsewhere.
+large message takes up to a tenth of a second with both sides idle (docs/operations.md). The socket's name is a secret
+of the shard and of who asks it by gRPC; where it leads nowhere, the shard is elsewhere.
 
 A large message is received into memory of its own, straight from the socket. A reader that does not read stops its
 peer: beyond AHEAD_BYTES nothing more is taken from the connection.
